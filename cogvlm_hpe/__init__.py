@@ -1,0 +1,1 @@
+"""HPE-CogVLM: a vision language model that reads head pose."""

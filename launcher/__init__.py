@@ -1,0 +1,1 @@
+"""Processes and ranks: knows machines, not models."""

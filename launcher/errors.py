@@ -1,0 +1,32 @@
+"""How every program of this project ends: one clear line for the user, no traceback for the user's mistakes."""
+
+import sys
+from collections.abc import Callable
+
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+EXIT_STOPPED = 85  # stopped on request and resumable: the batch script requeues on it
+
+
+class UserError(Exception):
+    """Something the user can mend. The message names the thing, the rule and the remedy in one line."""
+
+    exit_code = EXIT_FAILURE
+
+
+class UsageError(UserError):
+    """A command line or config that cannot be meant: exit code 2."""
+
+    exit_code = EXIT_USAGE
+
+
+def run_main(program: str, main: Callable[[], int | None]) -> int:
+    """Run `main` and turn a UserError into `program: error: …` on stderr and its exit code."""
+    try:
+        return main() or 0
+    except UserError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has gone: nothing is left to say
+        return EXIT_FAILURE

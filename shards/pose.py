@@ -1,0 +1,80 @@
+"""Rotation matrices and yaw, pitch, roll; augmentation on matrices, never on triples.
+
+Camera frame as in OpenCV: x right, y down, z into the scene. `M` turns the head's axes into the camera's:
+`M(yaw, pitch, roll) = Rx(-pitch) · Ry(yaw) · Rz(roll)`; M = I looks straight into the camera, upright. For small
+angles yaw > 0 looks to the image's left, pitch > 0 up, roll > 0 tilts clockwise in the image. It is the convention of
+300W-LP / AFLW2000 (3DDFA), WHENet, DirectMHP's AGORA-HPE and CMU-HPE labels and of `draw_axis`.
+
+Ranges: yaw and roll in (-180, 180], |pitch| <= 90; each rotation has one such triple, apart from gimbal lock
+(yaw = ±90), where the triple with the smallest |roll| of {0, 180} is given.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
+
+Array = NDArray[np.float64]
+
+HEAD_TO_CAMERA = np.diag([1.0, -1.0, -1.0])
+"""Head frame (x to the subject's left, y up, z out of the face) to camera axes for M = I."""
+
+_GIMBAL = 1e-6
+_FLIP = np.diag([-1.0, 1.0, 1.0])
+
+
+def rotation_from_pose(yaw_deg: float | Array, pitch_deg: float | Array, roll_deg: float | Array) -> Array:
+    """(…,) degrees each to (…, 3, 3): Rx(-pitch) · Ry(yaw) · Rz(roll)."""
+    yaw, pitch, roll = np.broadcast_arrays(yaw_deg, pitch_deg, roll_deg)
+    triples = np.stack([-pitch, yaw, roll], axis=-1).astype(float)
+    matrices = Rotation.from_euler("XYZ", triples.reshape(-1, 3), degrees=True).as_matrix()
+    return matrices.reshape(*triples.shape[:-1], 3, 3)
+
+
+def pose_from_rotation(rotation: Array) -> Array:
+    """(…, 3, 3) to (…, 3) degrees: yaw, pitch, roll over the full range."""
+    m = np.asarray(rotation, dtype=float)
+    sin_yaw = np.clip(m[..., 0, 2], -1.0, 1.0)
+    cos_yaw = np.hypot(m[..., 0, 0], m[..., 0, 1])
+    locked = cos_yaw < _GIMBAL
+    pitch = np.where(locked, np.arctan2(-m[..., 2, 1], m[..., 1, 1]), np.arctan2(m[..., 1, 2], m[..., 2, 2]))
+    # The second solution, yaw beyond ±90, is the one whose pitch stays within ±90.
+    beyond = np.abs(pitch) > np.pi / 2
+    sign = np.where(beyond, -1.0, 1.0)
+    yaw = np.where(locked, np.copysign(np.pi / 2, sin_yaw), np.arctan2(sin_yaw, sign * cos_yaw))
+    roll = np.where(
+        locked, np.where(beyond, np.pi, 0.0), np.arctan2(-sign * m[..., 0, 1], sign * m[..., 0, 0])
+    )
+    pitch = np.where(beyond, pitch - np.copysign(np.pi, pitch), pitch)
+    return wrap_deg(np.degrees(np.stack([yaw, pitch, roll], axis=-1)))
+
+
+def wrap_deg(angle_deg: float | Array) -> Array:
+    """Any angle in degrees to (-180, 180]."""
+    return 180.0 - np.mod(180.0 - np.asarray(angle_deg, dtype=float), 360.0)
+
+
+def geodesic_deg(a: Array, b: Array) -> Array:
+    """Angle in degrees of the rotation between (…, 3, 3) and (…, 3, 3), within [0, 180].
+
+    2·asin(|A - B|_F / (2·√2)), which equals acos((tr(AᵀB) - 1) / 2) and keeps its digits near zero.
+    """
+    distance = np.linalg.norm(np.asarray(a) - np.asarray(b), axis=(-2, -1))
+    return np.degrees(2.0 * np.arcsin(np.clip(distance / (2.0 * np.sqrt(2.0)), 0.0, 1.0)))
+
+
+def is_rotation(matrix: Array, tolerance: float = 1e-4) -> bool:
+    """Whether a (3, 3) matrix is orthonormal with determinant +1."""
+    m = np.asarray(matrix, dtype=float)
+    if m.shape != (3, 3) or not np.isfinite(m).all():
+        return False
+    return bool(np.abs(m @ m.T - np.eye(3)).max() <= tolerance and np.linalg.det(m) > 0)
+
+
+def flip_rotation(rotation: Array) -> Array:
+    """The pose of a head in the image mirrored left to right: F · M · F, that is (-yaw, pitch, -roll). Exact."""
+    return _FLIP @ rotation @ _FLIP
+
+
+def rotate_rotation(rotation: Array, clockwise_deg: float) -> Array:
+    """The pose of a head in the image turned clockwise about its ray: Rz(a) · M (not "roll += a")."""
+    return Rotation.from_euler("Z", clockwise_deg, degrees=True).as_matrix() @ rotation

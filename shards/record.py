@@ -1,0 +1,168 @@
+"""The schema of one sample: what an image's JSON says, checked once when it is read."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from launcher.errors import UserError
+from shards import pose
+
+CONVENTION = "hpe-v1"
+_POSE_TOLERANCE_DEG = 0.1
+
+
+class RecordError(UserError):
+    """A record that breaks the schema; the message names the field, the value and the rule."""
+
+
+@dataclass(frozen=True)
+class Camera:
+    """Pinhole intrinsics in pixels."""
+
+    fx: float
+    fy: float
+    cx: float
+    cy: float
+
+
+@dataclass(frozen=True)
+class Image:
+    """Where an image comes from. `subject` keeps a person or sequence within one split."""
+
+    width: int
+    height: int
+    source: str
+    id: str
+    subject: str
+    camera: Camera | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Head:
+    """One head: box in pixels (x0, y0, x1, y1), rotation (9 numbers, row by row) and its pose in degrees."""
+
+    bbox: tuple[float, float, float, float]
+    rotation: tuple[float, ...]
+    visible: float = 1.0
+    weak: bool = False
+    confidence: float = 1.0
+    subject: str = ""
+
+    @property
+    def matrix(self) -> pose.Array:
+        """(3, 3) head-to-camera rotation M."""
+        return np.asarray(self.rotation, dtype=float).reshape(3, 3)
+
+    @property
+    def pose_deg(self) -> pose.Array:
+        """(3,) yaw, pitch, roll."""
+        return pose.pose_from_rotation(self.matrix)
+
+
+@dataclass(frozen=True)
+class Object:
+    """A thing that `expression` names and nothing else in the image does."""
+
+    expression: str
+    bbox: tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image with what is known of it."""
+
+    image: Image
+    heads: list[Head] = field(default_factory=list)
+    objects: list[Object] = field(default_factory=list)
+
+    def to_json(self) -> str:
+        """The stored form; keys in a fixed order, numbers rounded, so equal records give equal bytes."""
+        value = {
+            "convention": CONVENTION,
+            "image": asdict(self.image),
+            "heads": [_head_dict(head) for head in self.heads],
+            "objects": [{"expression": o.expression, "bbox": _rounded(o.bbox, 2)} for o in self.objects],
+        }
+        return json.dumps(value, separators=(",", ":"))
+
+
+def from_json(text: str | bytes) -> Record:
+    """Read and check a record. Raises RecordError; the caller adds shard and key."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise RecordError(f"not JSON ({error}); rebuild the shard") from None
+    try:
+        return _record(value)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise RecordError(f"not a record of convention {CONVENTION} ({type(error).__name__}: {error})") from None
+
+
+def _record(value: dict[str, Any]) -> Record:
+    if value.get("convention") != CONVENTION:
+        raise RecordError(f"convention {value.get('convention')!r}: only {CONVENTION!r} is read; convert the set")
+    raw = dict(value["image"])
+    camera = raw.pop("camera", None)
+    image = Image(**raw, camera=Camera(**camera) if camera else None)
+    if image.width <= 0 or image.height <= 0:
+        raise RecordError(f"image size {image.width}x{image.height}: both sides must be positive")
+    heads = [_head(i, head) for i, head in enumerate(value["heads"])]
+    objects = [
+        Object(str(o["expression"]), _box(f"object {i} ({o['expression']!r})", o["bbox"]))
+        for i, o in enumerate(value["objects"])
+    ]
+    return Record(image, heads, objects)
+
+
+def _head(index: int, value: dict[str, Any]) -> Head:
+    name = f"head {index}"
+    rotation = np.asarray(value["rotation"], dtype=float)
+    if rotation.size != 9 or not pose.is_rotation(rotation.reshape(3, 3)):
+        raise RecordError(f"{name}: rotation {value['rotation']} is not a rotation matrix (orthonormal, det +1)")
+    triple = value["pose"]
+    for angle, limit in (("yaw", 180.0), ("pitch", 90.0), ("roll", 180.0)):
+        if not math.isfinite(triple[angle]) or abs(triple[angle]) > limit:
+            raise RecordError(f"{name}: {angle} {triple[angle]} deg is outside [-{limit:g}, {limit:g}]")
+    said = pose.rotation_from_pose(triple["yaw"], triple["pitch"], triple["roll"])
+    gap_deg = float(pose.geodesic_deg(said, rotation.reshape(3, 3)))
+    if gap_deg > _POSE_TOLERANCE_DEG:
+        raise RecordError(f"{name}: pose {triple} and rotation differ by {gap_deg:.2f} deg; they must be one pose")
+    visible = float(value["visible"])
+    if not 0.0 <= visible <= 1.0:
+        raise RecordError(f"{name}: visible {visible} is outside [0, 1]")
+    return Head(
+        bbox=_box(name, value["bbox"]),
+        rotation=tuple(rotation.reshape(9).tolist()),
+        visible=visible,
+        weak=bool(value.get("weak", False)),
+        confidence=float(value.get("confidence", 1.0)),
+        subject=str(value.get("subject", "")),
+    )
+
+
+def _box(name: str, value: Any) -> tuple[float, float, float, float]:
+    x0, y0, x1, y1 = (float(v) for v in value)
+    if not (all(map(math.isfinite, (x0, y0, x1, y1))) and x0 < x1 and y0 < y1):
+        raise RecordError(f"{name}: box {list(value)} needs x0 < x1 and y0 < y1, in pixels")
+    return (x0, y0, x1, y1)
+
+
+def _head_dict(head: Head) -> dict[str, Any]:
+    yaw, pitch, roll = _rounded(head.pose_deg, 4)
+    return {
+        "bbox": _rounded(head.bbox, 2),
+        "rotation": _rounded(head.rotation, 7),
+        "pose": {"yaw": yaw, "pitch": pitch, "roll": roll},
+        "visible": round(float(head.visible), 4),
+        "weak": head.weak,
+        "confidence": round(float(head.confidence), 4),
+        "subject": head.subject,
+    }
+
+
+def _rounded(values: Any, digits: int) -> list[float]:
+    return [round(float(v), digits) + 0.0 for v in values]
