@@ -1,0 +1,1 @@
+"""The judge: decode answers, score them, and say how much of it is luck."""

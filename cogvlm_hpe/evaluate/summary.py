@@ -1,0 +1,145 @@
+"""From prediction rows to metrics.json: a pure function of the rows, whatever the ranks that made them.
+
+A row is one line of predictions.jsonl: `{id, task, key, …, truth, text, kind, parsed, errors}`. No answer is left
+out: every share is of all questions, and `all` charges an answer that is no pose with the constant pose's error.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from cogvlm_hpe.evaluate import metrics
+from cogvlm_hpe.evaluate.metrics import Array
+from shards import pose
+
+Row = dict[str, Any]
+KINDS = ("pose", "box", "blended", "other")
+ANGLES = ("yaw", "pitch", "roll")
+IOU_HIT = 0.5
+_DIGITS = 6
+
+
+def summarise(rows: Iterable[Row]) -> dict[str, Any]:
+    """Scores per task: `{"pose": …, "where": …, "what": …, "facing": …}` for the tasks that were asked."""
+    by_task: dict[str, list[Row]] = {}
+    for row in rows:
+        by_task.setdefault(row["task"], []).append(row)
+    scorers = {"pose": _pose_scores, "where": _where_scores, "what": _exact_scores, "facing": _exact_scores}
+    return {task: _rounded(scorers[task](by_task[task])) for task in scorers if task in by_task}
+
+
+def format_shares(rows: Sequence[Row]) -> dict[str, float]:
+    """Share of all answers that are a valid pose, valid boxes, a blend of both, or neither."""
+    return {kind: sum(row["kind"] == kind for row in rows) / len(rows) for kind in KINDS}
+
+
+def pose_triples(rows: Sequence[Row], field: str) -> Array:
+    """(n, 3) degrees of `truth` or `parsed`; rows without one give NaN."""
+    empty = dict.fromkeys(ANGLES, np.nan)
+    return np.array([[(row[field] or empty)[angle] for angle in ANGLES] for row in rows], dtype=float).reshape(-1, 3)
+
+
+def charged_triples(rows: Sequence[Row]) -> tuple[Array, Array]:
+    """(n, 3) predictions with the constant pose where there is none, and that (3,) constant pose, in degrees."""
+    truth, predicted = pose_triples(rows, "truth"), pose_triples(rows, "parsed")
+    constant = pose.pose_from_rotation(metrics.constant_pose(metrics.rotations(truth)))
+    return np.where(np.isnan(predicted), constant, predicted), constant
+
+
+def _pose_scores(rows: list[Row]) -> dict[str, Any]:
+    groups = [row["key"] for row in rows]
+    truth, predicted = pose_triples(rows, "truth"), pose_triples(rows, "parsed")
+    charged, constant = charged_triples(rows)
+    valid = ~np.isnan(predicted).any(axis=1)
+    error = metrics.geodesic_errors_deg(charged, truth)
+    floor = metrics.geodesic_errors_deg(np.broadcast_to(constant, truth.shape), truth)
+    sizes = np.array([row["head_height"] for row in rows])
+    return {
+        "n": len(rows),
+        "n_valid": int(valid.sum()),
+        "format": format_shares(rows),
+        "valid": _errors(predicted[valid], truth[valid], [g for g, ok in zip(groups, valid, strict=True) if ok]),
+        "all": _errors(charged, truth, groups),
+        "constant_pose": {
+            "pose": dict(zip(ANGLES, constant.tolist(), strict=True)),
+            **_errors(np.broadcast_to(constant, truth.shape), truth, groups),
+        },
+        "by_yaw": _bins(np.abs(truth[:, 0]), metrics.YAW_EDGES_DEG, error, floor, groups),
+        "by_size": _bins(sizes, metrics.SIZE_EDGES, error, floor, groups),
+    }
+
+
+def _errors(predicted: Array, truth: Array, groups: list[str]) -> dict[str, Any]:
+    """Geodesic and per-angle errors of (n, 3) triples; nulls when there is none."""
+    if len(truth) == 0:
+        empty = {"mean": None, "ci95": None}
+        return {
+            "geodesic": {**empty, "median": None, **{f"p{p}": None for p in metrics.PERCENTILES}},
+            "mae": {**dict.fromkeys(ANGLES), **empty},
+        }
+    geodesic = metrics.geodesic_errors_deg(predicted, truth)
+    angles = metrics.angle_errors_deg(predicted, truth)
+    percentiles = zip(metrics.PERCENTILES, np.percentile(geodesic, metrics.PERCENTILES), strict=True)
+    return {
+        "geodesic": {
+            **_estimate(geodesic, groups),
+            "median": float(np.median(geodesic)),
+            **{f"p{p}": float(value) for p, value in percentiles},
+        },
+        "mae": {
+            **dict(zip(ANGLES, angles.mean(axis=0).tolist(), strict=True)),
+            **_estimate(angles.mean(axis=1), groups),
+        },
+    }
+
+
+def _bins(values: Array, edges: Sequence[float], error: Array, floor: Array, groups: list[str]) -> list[dict[str, Any]]:
+    result = []
+    for low, high, mask in metrics.bin_masks(values, edges):
+        inside = [g for g, here in zip(groups, mask, strict=True) if here]
+        scores = {"geodesic_mean": None, "ci95": None, "constant_pose": None}
+        if inside:
+            estimate = _estimate(error[mask], inside)
+            scores = {
+                "geodesic_mean": estimate["mean"],
+                "ci95": estimate["ci95"],
+                "constant_pose": float(floor[mask].mean()),
+            }
+        result.append({"from": low, "to": high, "n": len(inside), **scores})
+    return result
+
+
+def _where_scores(rows: list[Row]) -> dict[str, Any]:
+    """An answer without a valid box overlaps nothing: IoU 0, counted."""
+    groups = [row["key"] for row in rows]
+    overlap = np.array([row["errors"]["iou"] if row["errors"] else 0.0 for row in rows])
+    return {
+        "n": len(rows),
+        "n_valid": sum(row["kind"] == "box" for row in rows),
+        "format": format_shares(rows),
+        "iou": _estimate(overlap, groups),
+        "accuracy": _estimate((overlap >= IOU_HIT).astype(float), groups),
+    }
+
+
+def _exact_scores(rows: list[Row]) -> dict[str, Any]:
+    groups = [row["key"] for row in rows]
+    exact = np.array([row["errors"]["exact"] for row in rows], dtype=float)
+    return {"n": len(rows), "format": format_shares(rows), "accuracy": _estimate(exact, groups)}
+
+
+def _estimate(values: Array, groups: list[str]) -> dict[str, Any]:
+    estimate = asdict(metrics.bootstrap_mean(values, groups))
+    return {"mean": estimate["mean"], "ci95": [estimate["low"], estimate["high"]]}
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, _DIGITS) + 0.0
+    if isinstance(value, dict):
+        return {key: _rounded(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_rounded(inner) for inner in value]
+    return value

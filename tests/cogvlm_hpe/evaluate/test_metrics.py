@@ -1,0 +1,135 @@
+"""Scores against independent maths: other formulas, other libraries, brute force."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.spatial.transform import Rotation
+
+from cogvlm_hpe.evaluate import metrics
+
+angle = st.floats(-180.0, 180.0, allow_nan=False)
+triple = st.tuples(angle, st.floats(-90.0, 90.0), angle)
+
+
+@given(st.lists(st.tuples(triple, triple), min_size=1, max_size=8))
+def test_angle_errors_wrap_at_a_full_turn_only(pairs: list) -> None:
+    predicted, truth = np.array([p for p, _ in pairs]), np.array([t for _, t in pairs])
+    for got, p, t in zip(metrics.angle_errors_deg(predicted, truth), predicted, truth, strict=True):
+        for value, a, b in zip(got, p, t, strict=True):
+            assert value == pytest.approx(min(abs(a - b + turn) for turn in (-360, 0, 360)), abs=1e-9)
+
+
+def test_front_and_back_are_not_confused_by_the_wrap() -> None:
+    assert metrics.angle_errors_deg(np.array([[0.0, 0, 0]]), np.array([[180.0, 0, 0]]))[0, 0] == 180.0
+
+
+@given(triple, triple)
+def test_geodesic_equals_the_angle_of_the_relative_rotation(a: tuple, b: tuple) -> None:
+    def matrix(t: tuple) -> Rotation:
+        return Rotation.from_euler("zyx", [t[2], t[0], -t[1]], degrees=True)
+
+    expected = math.degrees((matrix(a).inv() * matrix(b)).magnitude())
+    assert metrics.geodesic_errors_deg(np.array([a]), np.array([b]))[0] == pytest.approx(expected, abs=1e-5)
+
+
+box = st.tuples(st.integers(0, 30), st.integers(0, 30), st.integers(1, 20), st.integers(1, 20)).map(
+    lambda b: (b[0], b[1], b[0] + b[2], b[1] + b[3])
+)
+
+
+@given(box, box)
+def test_iou_equals_counting_pixels(a: tuple, b: tuple) -> None:
+    grid = np.zeros((2, 50, 50), dtype=bool)
+    for layer, (x0, y0, x1, y1) in zip(grid, (a, b), strict=True):
+        layer[y0:y1, x0:x1] = True
+    expected = (grid[0] & grid[1]).sum() / (grid[0] | grid[1]).sum()
+    assert metrics.iou(np.array(a), np.array(b)) == pytest.approx(expected)
+
+
+def test_iou_of_boxes_without_area_is_zero() -> None:
+    empty = np.array([3.0, 3, 3, 3])
+    assert metrics.iou(empty, empty) == 0.0
+    assert metrics.iou(np.array([5.0, 5, 1, 1]), np.array([0.0, 0, 9, 9])) == 0.0
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 25))
+def test_no_constant_rotation_beats_the_constant_pose(seed: int, n: int) -> None:
+    truth = Rotation.random(n, random_state=seed).as_matrix()
+    found = metrics.constant_pose(truth)
+    cost = _cost(found, truth)
+    assert np.allclose(found @ found.T, np.eye(3), atol=1e-9)
+    others = [np.eye(3), Rotation.from_matrix(truth).mean().as_matrix(), *truth]
+    nearby = Rotation.from_rotvec(np.random.default_rng(seed).normal(size=(40, 3)) * 0.02).as_matrix()
+    assert all(cost <= _cost(other, truth) + 1e-5 for other in others)
+    assert all(cost <= _cost(found @ turn, truth) + 0.05 for turn in nearby)
+
+
+def test_constant_pose_of_equal_truths_is_that_truth() -> None:
+    truth = np.repeat(Rotation.from_euler("XYZ", [10, 150, -30], degrees=True).as_matrix()[None], 7, axis=0)
+    assert _cost(metrics.constant_pose(truth), truth) == pytest.approx(0.0, abs=1e-6)
+
+
+def _cost(rotation: np.ndarray, truth: np.ndarray) -> float:
+    cosine = (np.einsum("ij,nij->n", rotation, truth) - 1) / 2
+    return float(np.degrees(np.arccos(np.clip(cosine, -1, 1))).mean())
+
+
+def test_bootstrap_covers_the_true_mean_about_95_times_of_100() -> None:
+    generator = np.random.default_rng(5)
+    hits = 0
+    for _ in range(200):
+        values = generator.gamma(2.0, 5.0, size=80)
+        interval = metrics.bootstrap_mean(values, [str(i) for i in range(80)], resamples=400)
+        hits += interval.low <= 10.0 <= interval.high
+    assert 178 <= hits <= 199
+
+
+def test_bootstrap_matches_the_normal_interval_of_a_large_sample() -> None:
+    values = np.random.default_rng(0).normal(30, 8, size=4000)
+    got = metrics.bootstrap_mean(values, [str(i) for i in range(4000)])
+    half = 1.96 * values.std() / math.sqrt(4000)
+    assert got.mean == pytest.approx(values.mean())
+    assert got.low == pytest.approx(values.mean() - half, abs=0.05)
+    assert got.high == pytest.approx(values.mean() + half, abs=0.05)
+
+
+def test_heads_of_one_image_are_resampled_together() -> None:
+    values = np.repeat(np.random.default_rng(1).normal(size=50), 20)
+    images = np.repeat(np.arange(50), 20).astype(str).tolist()
+    together = metrics.bootstrap_mean(values, images)
+    apart = metrics.bootstrap_mean(values, [str(i) for i in range(1000)])
+    assert together.high - together.low > 3 * (apart.high - apart.low)
+
+
+def test_bootstrap_is_the_same_every_time_and_for_any_order_of_rows() -> None:
+    values = np.random.default_rng(2).integers(0, 100, size=60).astype(float)
+    groups = [f"image-{i // 3}" for i in range(60)]
+    first = metrics.bootstrap_mean(values, groups)
+    order = np.random.default_rng(3).permutation(60)
+    assert first == metrics.bootstrap_mean(values, groups)
+    assert first == metrics.bootstrap_mean(values[order], [groups[i] for i in order])
+
+
+def test_paired_difference_is_narrower_than_two_separate_intervals() -> None:
+    generator = np.random.default_rng(4)
+    hard = generator.gamma(2.0, 10.0, size=300)
+    a, b = hard + generator.normal(0, 1, 300), hard + 1.0 + generator.normal(0, 1, 300)
+    groups = [str(i) for i in range(300)]
+    paired = metrics.paired_difference(a, b, groups)
+    alone = metrics.bootstrap_mean(a, groups)
+    assert paired.high < 0 and paired.high - paired.low < (alone.high - alone.low) / 4
+
+
+def test_paired_difference_refuses_different_questions() -> None:
+    with pytest.raises(ValueError, match="same questions"):
+        metrics.paired_difference(np.zeros(3), np.zeros(4), ["a"] * 3)
+
+
+@given(st.lists(st.floats(0, 180), max_size=50))
+def test_every_value_is_in_exactly_one_bin(values: list[float]) -> None:
+    masks = [mask for _, _, mask in metrics.bin_masks(np.array(values), metrics.YAW_EDGES_DEG)]
+    assert (np.sum(masks, axis=0) == 1).all()

@@ -1,0 +1,120 @@
+"""metrics.json from rows: nothing dropped, nothing hidden."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from cogvlm_hpe.evaluate import summary
+
+
+def pose_row(i: int, truth: tuple, parsed: tuple | None, kind: str | None = None) -> dict:
+    def named(values: tuple | None) -> dict | None:
+        return dict(zip(summary.ANGLES, values, strict=True)) if values else None
+
+    return {
+        "id": f"{i:04d}/head-0",
+        "key": f"{i:04d}",
+        "task": "pose",
+        "truth": named(truth),
+        "parsed": named(parsed),
+        "kind": kind or ("pose" if parsed else "other"),
+        "head_height": 0.25,
+        "text": "",
+        "errors": None,
+    }
+
+
+@pytest.fixture
+def poses() -> list[dict]:
+    generator = np.random.default_rng(0)
+    rows = []
+    for i in range(40):
+        truth = (*generator.uniform((-180, -60), (180, 60)).tolist(), float(generator.uniform(-40, 40)))
+        rows.append(pose_row(i, truth, tuple(v + 5.0 for v in truth)))
+    return rows
+
+
+def test_perfect_answers_score_zero(poses: list[dict]) -> None:
+    for row in poses:
+        row["parsed"] = row["truth"]
+    got = summary.summarise(poses)["pose"]
+    assert got["valid"]["geodesic"]["mean"] == got["all"]["mae"]["mean"] == 0.0
+    assert got["n"] == got["n_valid"] == 40
+
+
+def test_a_known_offset_gives_that_mae(poses: list[dict]) -> None:
+    got = summary.summarise(poses)["pose"]["valid"]["mae"]
+    assert got["yaw"] == got["pitch"] == got["roll"] == pytest.approx(5.0)
+
+
+def test_invalid_answers_cost_the_constant_pose_and_are_counted(poses: list[dict]) -> None:
+    for row in poses[:10]:
+        row.update(parsed=None, kind="blended")
+    for row in poses[10:15]:
+        row.update(parsed=None, kind="box")
+    got = summary.summarise(poses)["pose"]
+    assert (got["n"], got["n_valid"]) == (40, 25)
+    assert got["format"] == {"pose": 0.625, "box": 0.125, "blended": 0.25, "other": 0.0}
+    truth, constant = _rotations(poses, "truth"), _rotation(got["constant_pose"]["pose"])
+    charged = [
+        _angle(constant if row["parsed"] is None else _rotation(row["parsed"]), t)
+        for row, t in zip(poses, truth, strict=True)
+    ]
+    assert got["all"]["geodesic"]["mean"] == pytest.approx(np.mean(charged), abs=1e-4)
+    assert got["valid"]["geodesic"]["mean"] == pytest.approx(np.mean(charged[15:]), abs=1e-4)
+
+
+def test_no_valid_answer_gives_nulls_and_the_constant_poses_score(poses: list[dict]) -> None:
+    for row in poses:
+        row.update(parsed=None, kind="box")
+    got = summary.summarise(poses)["pose"]
+    assert got["valid"]["geodesic"]["mean"] is None and got["valid"]["mae"]["yaw"] is None
+    assert got["all"]["geodesic"] == got["constant_pose"]["geodesic"]
+    assert "NaN" not in json.dumps(got)
+
+
+def test_bins_hold_every_head_once(poses: list[dict]) -> None:
+    got = summary.summarise(poses)["pose"]
+    assert sum(b["n"] for b in got["by_yaw"]) == sum(b["n"] for b in got["by_size"]) == 40
+    assert [b["from"] for b in got["by_yaw"]] == [0, 45, 90, 135]
+
+
+def test_grounding_counts_a_missing_box_as_a_miss() -> None:
+    def row(i: int, iou: float | None) -> dict:
+        return {
+            "id": str(i),
+            "key": str(i),
+            "task": "where",
+            "kind": "other" if iou is None else "box",
+            "errors": None if iou is None else {"iou": iou},
+        }
+
+    got = summary.summarise([row(0, 0.9), row(1, 0.5), row(2, 0.2), row(3, None)])["where"]
+    assert got["accuracy"]["mean"] == 0.5
+    assert got["iou"]["mean"] == pytest.approx(0.4)
+    assert (got["n"], got["n_valid"]) == (4, 3)
+
+
+def test_order_of_rows_does_not_change_the_summary(poses: list[dict]) -> None:
+    shuffled = [poses[i] for i in np.random.default_rng(1).permutation(40)]
+    a, b = summary.summarise(poses)["pose"], summary.summarise(shuffled)["pose"]
+    assert a["all"]["geodesic"]["median"] == b["all"]["geodesic"]["median"]
+    assert a["by_yaw"] == b["by_yaw"]
+
+
+def _rotation(pose_deg: dict) -> np.ndarray:
+    y, p, r = (math.radians(pose_deg[a]) for a in summary.ANGLES)
+    rx = np.array([[1, 0, 0], [0, math.cos(-p), -math.sin(-p)], [0, math.sin(-p), math.cos(-p)]])
+    ry = np.array([[math.cos(y), 0, math.sin(y)], [0, 1, 0], [-math.sin(y), 0, math.cos(y)]])
+    rz = np.array([[math.cos(r), -math.sin(r), 0], [math.sin(r), math.cos(r), 0], [0, 0, 1]])
+    return rx @ ry @ rz
+
+
+def _rotations(rows: list[dict], field: str) -> list[np.ndarray]:
+    return [_rotation(row[field]) for row in rows]
+
+
+def _angle(a: np.ndarray, b: np.ndarray) -> float:
+    return math.degrees(math.acos(np.clip((np.trace(a.T @ b) - 1) / 2, -1, 1)))
