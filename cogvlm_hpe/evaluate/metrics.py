@@ -52,7 +52,7 @@ def _area(boxes: Array) -> Array:
 
 
 def constant_pose(truth: Array) -> Array:
-    """The one rotation whose mean geodesic distance to (n, 3, 3) truths is smallest, as (3, 3).
+    """The one rotation whose mean geodesic distance to (n, 3, 3) truths is smallest (to a fraction of a degree), as (3, 3).
 
     Best of identity, chordal mean and a spread of the truths themselves, then refined by Weiszfeld steps (geometric
     median on the rotation group). Fitted on the very heads it is judged on, it is a floor that no honest constant
@@ -64,21 +64,26 @@ def constant_pose(truth: Array) -> Array:
     spread = truth[np.unique(np.linspace(0, len(truth) - 1, _CANDIDATES).astype(int))]
     candidates = np.concatenate([np.eye(3)[None], Rotation.from_matrix(truth).mean().as_matrix()[None], spread])
     costs = np.array([pose.geodesic_deg(candidate, truth).mean() for candidate in candidates])
-    best, cost = candidates[int(costs.argmin())], costs.min()
+    best, cost, scale = candidates[int(costs.argmin())], costs.min(), 1.0
     for _ in range(_WEISZFELD_STEPS):
-        step = _weiszfeld_step(best, truth)
+        step = best @ Rotation.from_rotvec(scale * _weiszfeld_step(best, truth)).as_matrix()
         step_cost = pose.geodesic_deg(step, truth).mean()
-        if step_cost >= cost - 1e-9:
-            break
-        best, cost = step, step_cost
+        if step_cost < cost:
+            best, cost = step, step_cost
+        else:
+            scale /= 2.0  # too far for this curved and many-valleyed cost
     return best
 
 
 def _weiszfeld_step(centre: Array, truth: Array) -> Array:
+    """(3,) rotation vector towards the geometric median; a truth at the centre itself has no direction to add."""
     towards = Rotation.from_matrix(centre.T @ truth).as_rotvec()
-    weights = 1.0 / np.maximum(np.linalg.norm(towards, axis=1), 1e-6)
-    mean = (weights[:, None] * towards).sum(axis=0) / weights.sum()
-    return centre @ Rotation.from_rotvec(mean).as_matrix()
+    distance = np.linalg.norm(towards, axis=1)
+    away = distance > 1e-6
+    if not away.any():
+        return np.zeros(3)
+    weights = 1.0 / distance[away]
+    return (weights[:, None] * towards[away]).sum(axis=0) / weights.sum()
 
 
 @dataclass(frozen=True)
