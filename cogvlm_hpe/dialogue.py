@@ -1,0 +1,129 @@
+"""Prompts and answers: the text grammar, both ways. Pure text: knows no model and no tensor.
+
+Boxes follow CogVLM's grounding checkpoints: `[[x0,y0,x1,y1]]`, each floor(1000 · relative), three digits. Poses are
+`{{yyy,ppp,rrr}}`: double braces so that they cannot be taken for a box. The paper's public text (HPE-CogVLM,
+arXiv 2406.01914) gives neither its prompts nor its pose format: both are this project's, and config values.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+Task = Literal["pose", "where", "what", "facing"]
+TASKS: tuple[Task, ...] = ("pose", "where", "what", "facing")
+AnswerFormat = Literal["offset", "signed"]
+Kind = Literal["pose", "box", "blended", "other"]
+
+DEFAULT_PROMPTS: Mapping[Task, str] = {
+    "pose": "What is the pose of the head at {box}?",
+    "where": "Where is the {expression}?",
+    "what": "What is at {box}?",
+    "facing": "Which way does the head at {box} face?",
+}
+"""One question per task. `{box}` and `{expression}` are filled in."""
+
+_NUMBER = r"\s*([+-]?\d{1,4})\s*"
+_BOX = re.compile(r"\[\[" + ",".join([_NUMBER] * 4) + r"\]\]")
+_POSE = re.compile(r"\{\{" + ",".join([_NUMBER] * 3) + r"\}\}")
+_BOX_MARK = re.compile(r"\[\[|\]\]")
+_POSE_MARK = re.compile(r"\{\{|\}\}")
+
+# Eight sectors of heading, named as seen in the image: yaw 0 looks at the viewer, yaw > 0 to the image's left.
+_SECTORS = ("front", "front left", "left", "back left", "back", "back right", "right", "front right")
+_LEVEL_SLOPE = 0.25  # |y| from which a face looks up or down: about 14 degrees
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What a text holds: a pose in degrees, boxes in 0..1, both mixed up (`blended`), or neither."""
+
+    kind: Kind
+    pose_deg: tuple[float, float, float] | None = None
+    boxes: list[tuple[float, float, float, float]] = field(default_factory=list)
+
+
+def format_box(bbox: Sequence[float], width: int, height: int) -> str:
+    """Pixels (x0, y0, x1, y1) to `[[x0,y0,x1,y1]]` in thousandths of the image, clamped to 000-999."""
+    sides = (width, height, width, height)
+    return "[[" + ",".join(f"{_thousandths(v, side):03d}" for v, side in zip(bbox, sides, strict=True)) + "]]"
+
+
+def _thousandths(value_px: float, side_px: int) -> int:
+    return min(999, max(0, int(1000.0 * value_px / side_px)))
+
+
+def format_pose(yaw_deg: float, pitch_deg: float, roll_deg: float, answer_format: AnswerFormat = "offset") -> str:
+    """A pose in degrees to its answer.
+
+    `offset`: (yaw + 180) mod 360, pitch + 90, (roll + 180) mod 360, three digits each: of fixed length and without
+    signs. `signed`: whole degrees as they are.
+    """
+    yaw, pitch, roll = round(yaw_deg), round(pitch_deg), round(roll_deg)
+    if answer_format == "signed":
+        return f"{{{{{yaw},{pitch},{roll}}}}}"
+    return f"{{{{{(yaw + 180) % 360:03d},{pitch + 90:03d},{(roll + 180) % 360:03d}}}}}"
+
+
+def parse(text: str, answer_format: AnswerFormat = "offset") -> Parsed:
+    """Tell a valid pose, valid boxes, a blend of both formats, and anything else. Never raises, on any text.
+
+    A text with marks of both formats is blended, however well formed either of them is; numbers out of range make
+    an answer `other`.
+    """
+    has_box_mark, has_pose_mark = bool(_BOX_MARK.search(text)), bool(_POSE_MARK.search(text))
+    if has_box_mark and has_pose_mark:
+        return Parsed("blended")
+    if has_pose_mark:
+        pose_deg = _parse_pose(text, answer_format)
+        return Parsed("pose", pose_deg=pose_deg) if pose_deg else Parsed("other")
+    if has_box_mark:
+        boxes = _parse_boxes(text)
+        return Parsed("box", boxes=boxes) if boxes else Parsed("other")
+    return Parsed("other")
+
+
+def _parse_pose(text: str, answer_format: AnswerFormat) -> tuple[float, float, float] | None:
+    match = _POSE.fullmatch(text.strip())
+    if not match:
+        return None
+    yaw, pitch, roll = (int(group) for group in match.groups())
+    if answer_format == "offset":
+        if not (0 <= yaw <= 360 and 0 <= pitch <= 180 and 0 <= roll <= 360):
+            return None
+        yaw, pitch, roll = yaw % 360 - 180, pitch - 90, roll % 360 - 180
+    if not (abs(yaw) <= 180 and abs(pitch) <= 90 and abs(roll) <= 180):
+        return None
+    return (180.0 if yaw == -180 else float(yaw), float(pitch), 180.0 if roll == -180 else float(roll))
+
+
+def _parse_boxes(text: str) -> list[tuple[float, float, float, float]]:
+    # CogVLM writes several boxes of one phrase inside one pair of brackets: [[a,b,c,d;e,f,g,h]].
+    spread = text.strip().replace(";", "]][[")
+    if _BOX.sub("", spread).strip():
+        return []
+    boxes = []
+    for match in _BOX.finditer(spread):
+        x0, y0, x1, y1 = (int(group) / 1000.0 for group in match.groups())
+        if not (0 <= x0 < x1 < 1 and 0 <= y0 < y1 < 1):
+            return []
+        boxes.append((x0, y0, x1, y1))
+    return boxes
+
+
+def facing(direction: Sequence[float]) -> str:
+    """The direction of a face in words, never in degrees: one of eight sectors, then up or down where it is tilted.
+
+    `direction` is the unit vector out of the face in camera axes (x right, y down, z away from the viewer).
+    """
+    x, y, z = direction
+    sector = _SECTORS[round(math.degrees(math.atan2(-x, -z)) / 45.0) % 8]
+    if abs(y) < _LEVEL_SLOPE:
+        return sector
+    return f"{sector} {'down' if y > 0 else 'up'}"
+
+
+def ask(task: Task, prompts: Mapping[Task, str], *, box: str = "", expression: str = "") -> str:
+    """The question of a task with its box or expression filled in."""
+    return prompts[task].replace("{box}", box).replace("{expression}", expression)

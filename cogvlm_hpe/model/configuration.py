@@ -1,0 +1,59 @@
+"""The numbers that make a CogVLM: decoder, experts and vision tower."""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+
+class CogVLMConfig(PreTrainedConfig):
+    """Configuration of a CogVLM; reads the published `config.json` files, which carry no `model_type`.
+
+    Defaults are those of cogvlm-grounding-generalist (490 px, 17.6 B parameters). `vision_config` keys: hidden_size,
+    num_hidden_layers, num_heads, intermediate_size, image_size, patch_size, in_channels, num_positions,
+    layer_norm_eps, hidden_act.
+    """
+
+    model_type = "cogvlm"
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    rope_theta: float = 10000.0
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | None = 2
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    template_version: str = "base"
+    vision_config: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.vision_config = VISION_DEFAULTS | (self.vision_config or {})
+        super().__post_init__(**kwargs)
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of one image in the decoder, without boi and eoi."""
+        vision = self.vision_config
+        return (vision["image_size"] // vision["patch_size"]) ** 2
+
+
+VISION_DEFAULTS: dict[str, Any] = {
+    "hidden_size": 1792,
+    "num_hidden_layers": 63,
+    "num_heads": 16,
+    "intermediate_size": 15360,
+    "image_size": 490,
+    "patch_size": 14,
+    "in_channels": 3,
+    "num_positions": 1226,
+    "layer_norm_eps": 1e-6,
+    "hidden_act": "gelu",
+    "dropout_prob": 0.0,
+}
