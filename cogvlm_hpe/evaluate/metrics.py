@@ -52,7 +52,7 @@ def _area(boxes: Array) -> Array:
 
 
 def constant_pose(truth: Array) -> Array:
-    """The one rotation whose mean geodesic distance to (n, 3, 3) truths is smallest (to a fraction of a degree), as (3, 3).
+    """The (3, 3) rotation whose mean geodesic distance to (n, 3, 3) truths is smallest, to a fraction of a degree.
 
     Best of identity, chordal mean and a spread of the truths themselves, then refined by Weiszfeld steps (geometric
     median on the rotation group). Fitted on the very heads it is judged on, it is a floor that no honest constant
