@@ -20,12 +20,19 @@ class UsageError(UserError):
     exit_code = EXIT_USAGE
 
 
+def _say(message: str, exit_code: int) -> None:
+    print(message, file=sys.stderr)
+
+
+leave = _say  # comm puts its own here once ranks depend on each other
+
+
 def run_main(program: str, main: Callable[[], int | None]) -> int:
     """Run `main` and turn a UserError into `program: error: …` on stderr and its exit code."""
     try:
         return main() or 0
     except UserError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
+        leave(f"{program}: error: {error}", error.exit_code)
         return error.exit_code
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has gone: nothing is left to say

@@ -1,0 +1,203 @@
+"""The one file that speaks torch.distributed and MPI: what ranks say to each other."""
+
+import atexit
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from launcher import errors
+from launcher.errors import UserError
+from launcher.world import World, discover, export, promised_size
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+Number = TypeVar("Number", int, float, np.ndarray)
+T = TypeVar("T")
+
+
+class Comm:
+    """Rank `rank` of `size`. This base class is the world of one; the others speak MPI or torch.distributed."""
+
+    rank: int = 0
+    size: int = 1
+
+    def sum(self, value: Number) -> Number:
+        """All ranks. The sum over ranks of a number or an array (same shape and dtype everywhere)."""
+        return _like(value, self._reduce(np.array(value), "SUM"))
+
+    def max(self, value: Number) -> Number:
+        """All ranks. The largest over ranks of a number, or of each element of an array."""
+        return _like(value, self._reduce(np.array(value), "MAX"))
+
+    def agree(self, flag: bool) -> bool:
+        """All ranks. True everywhere as soon as one rank says True."""
+        return self.max(int(flag)) > 0
+
+    def gather(self, value: T) -> list[T] | None:
+        """All ranks. On rank 0 the values of all ranks in rank order, elsewhere None."""
+        return [value]
+
+    def broadcast(self, value: T, root: int = 0) -> T:
+        """All ranks. The value that rank `root` holds."""
+        return value
+
+    def barrier(self) -> None:
+        """All ranks. Returns once every rank has arrived."""
+
+    def _reduce(self, array: np.ndarray, operation: str) -> np.ndarray:
+        return array
+
+
+def single() -> Comm:
+    """A world of one."""
+    return Comm()
+
+
+def mpi() -> Comm:
+    """All ranks. The ranks mpirun or srun started, or `single()` where neither did.
+
+    Raises UserError if MPI finds another number of ranks than the launcher promised. From here on a rank that fails
+    takes the others along, which would otherwise wait for it for ever.
+    """
+    promised = promised_size()
+    if promised is None or promised == 1:
+        return single()
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise UserError(
+            f"{promised} ranks started, but mpi4py does not load ({error}); install mpi4py and mpich"
+        ) from None
+    found = MPI.COMM_WORLD.Get_size()
+    if found != promised:
+        raise UserError(
+            f"{discover().kind} started {promised} ranks but MPI sees {found}: launcher and MPI library do not belong "
+            "together; use the mpirun of this Python's environment, or srun --mpi=pmi2 (MPICH) or --mpi=pmix (Open MPI)"
+        )
+    return _Mpi(MPI.COMM_WORLD)
+
+
+def from_torch(world: World, timeout_s: float = 1800.0) -> Comm:
+    """All ranks. Initialise torch.distributed for `world`: nccl for CUDA tensors and gloo for the rest.
+
+    Also sets RANK, WORLD_SIZE, MASTER_ADDR, … so that DeepSpeed finds them and does not ask MPI. A collective that
+    some rank does not join fails after `timeout_s`. Does nothing if the process group is there already.
+    """
+    import torch
+    from torch import distributed
+
+    os.environ.update(export(world))
+    if not distributed.is_initialized():
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(world.local_rank % torch.cuda.device_count())
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        timeout = timedelta(seconds=timeout_s)
+        try:
+            distributed.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timeout)
+        except (distributed.DistError, ValueError) as error:
+            raise UserError(
+                f"rank {world.rank} of {world.size} did not meet the others at {world.master_addr}:{world.master_port} "
+                f"({str(error).splitlines()[0]}); check that all ranks run, that the host resolves and the port is free"
+            ) from None
+        atexit.register(_destroy_group)  # without it gloo's threads may abort a process that has done its work
+        _fail_together(world.rank, os._exit)
+    return _Torch(world.rank, world.size)
+
+
+class _Mpi(Comm):
+    def __init__(self, world: "MPI.Intracomm") -> None:
+        self._world = world
+        self.rank, self.size = world.Get_rank(), world.Get_size()
+        _fail_together(self.rank, world.Abort)
+
+    def gather(self, value: T) -> list[T] | None:
+        gathered: list[T] | None = self._world.gather(value, root=0)
+        return gathered
+
+    def broadcast(self, value: T, root: int = 0) -> T:
+        received: T = self._world.bcast(value, root=root)
+        return received
+
+    def barrier(self) -> None:
+        self._world.Barrier()
+
+    def _reduce(self, array: np.ndarray, operation: str) -> np.ndarray:
+        from mpi4py import MPI
+
+        self._world.Allreduce(MPI.IN_PLACE, array, op=getattr(MPI, operation))
+        return array
+
+
+class _Torch(Comm):
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+    def gather(self, value: T) -> list[T] | None:
+        from torch import distributed
+
+        gathered: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        distributed.gather_object(value, gathered, dst=0)
+        return gathered
+
+    def broadcast(self, value: T, root: int = 0) -> T:
+        from torch import distributed
+
+        holder = [value]
+        distributed.broadcast_object_list(holder, src=root)
+        return holder[0]
+
+    def barrier(self) -> None:
+        # Not distributed.barrier(): with nccl in the group that one would wait for the device's work.
+        self._reduce(np.zeros(1), "SUM")
+
+    def _reduce(self, array: np.ndarray, operation: str) -> np.ndarray:
+        import torch
+        from torch import distributed
+
+        distributed.all_reduce(torch.from_numpy(array), op=getattr(distributed.ReduceOp, operation))
+        return array
+
+
+def _fail_together(rank: int, end: Callable[[int], object]) -> None:
+    """From now on this rank's failure is said and ends at once: no clean-up that waits for ranks that wait for us."""
+
+    def leave(message: str, exit_code: int) -> None:
+        if rank:  # rank 0 goes first and is the only one to speak where all fail alike: the launcher ends the others
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(2.0)
+        print(message, file=sys.stderr)
+        finish(exit_code)
+
+    def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        sys.__excepthook__(kind, error, trace)
+        finish(errors.EXIT_FAILURE)
+
+    def finish(exit_code: int) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        time.sleep(0.5)  # mpirun drops what it has not yet passed on when a rank aborts
+        end(exit_code)
+
+    errors.leave = leave
+    sys.excepthook = excepthook
+
+
+def _destroy_group() -> None:
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def _like(value: Number, array: np.ndarray) -> Number:
+    result: Number = array if isinstance(value, np.ndarray) else array.item()
+    return result

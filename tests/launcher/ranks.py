@@ -1,0 +1,43 @@
+"""What each rank of tests/launcher/test_comm.py runs: every collective once, results to a JSON file per rank."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from launcher import comm, errors, world
+from launcher.comm import Comm
+from launcher.errors import UserError
+
+
+def exercise(ranks: Comm) -> dict[str, object]:
+    total = ranks.sum(np.array([[ranks.rank, 1.5]]))
+    return {
+        "size": ranks.size,
+        "sum_int": ranks.sum(2**53 + ranks.rank),
+        "sum_float": ranks.sum(0.5),
+        "sum_array": [total.tolist(), str(total.dtype)],
+        "max": ranks.max(ranks.rank * 1.5),
+        "gather": ranks.gather({"rank": ranks.rank}),
+        "broadcast": ranks.broadcast(f"from {ranks.rank}", root=1),
+        "agree": [ranks.agree(ranks.rank == 1), ranks.agree(False)],
+        "barrier": ranks.barrier(),
+    }
+
+
+def main() -> int:
+    way, out = sys.argv[1:3]
+    ranks = comm.mpi() if way.startswith("mpi") else comm.from_torch(world.discover(), timeout_s=60)
+    if way.endswith("one-fails") and ranks.rank == 1:
+        raise UserError("one rank: fails; the other must not wait for it")
+    if way.endswith("all-fail"):
+        raise UserError("all ranks: fail alike; said once")
+    if way.endswith("one-crashes") and ranks.rank == 1:
+        raise ZeroDivisionError("a defect")
+    Path(out, f"{ranks.rank}.json").write_text(json.dumps(exercise(ranks)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(errors.run_main("ranks", main))

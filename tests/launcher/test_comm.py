@@ -1,0 +1,101 @@
+"""Comm over real processes: two under mpirun, two over gloo."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from launcher import comm, world
+
+RANKS = Path(__file__).with_name("ranks.py")
+MPIRUN = Path(sys.executable).with_name("mpirun")
+ROOT = RANKS.parents[2]
+
+
+def clean_env(**more: str) -> dict[str, str]:
+    ours = tuple(world.export(world.discover({})))
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "PMI_", "MPI_", "OMPI_", *ours))}
+    return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | more
+
+
+def check_two_ranks(out: Path) -> None:
+    for rank in (0, 1):
+        assert json.loads((out / f"{rank}.json").read_text()) == {
+            "size": 2,
+            "sum_int": 2**54 + 1,
+            "sum_float": 1.0,
+            "sum_array": [[[1.0, 3.0]], "float64"],
+            "max": 1.5,
+            "gather": [{"rank": 0}, {"rank": 1}] if rank == 0 else None,
+            "broadcast": "from 1",
+            "agree": [True, False],
+            "barrier": None,
+        }
+
+
+def mpirun(way: str, out: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    command = [str(MPIRUN), "-np", "2", sys.executable, str(RANKS), way, str(out)]
+    return subprocess.run(command, env=env or clean_env(), capture_output=True, text=True, timeout=120)
+
+
+def test_single() -> None:
+    one = comm.single()
+    assert (one.rank, one.size, one.sum(3), one.max(2.5)) == (0, 1, 3, 2.5)
+    assert one.agree(True) and not one.agree(False)
+    assert one.gather("x") == ["x"] and one.broadcast("x") == "x"
+    value = np.arange(3)
+    total = one.sum(value)
+    total += 1
+    assert value.tolist() == [0, 1, 2], "a result is never the caller's own array"
+
+
+def test_mpirun_two_ranks(tmp_path: Path) -> None:
+    done = mpirun("mpi", tmp_path)
+    assert done.returncode == 0, done.stderr
+    check_two_ranks(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("way", "said"),
+    [("mpi-one-fails", "one rank: fails"), ("mpi-all-fail", "said once"), ("mpi-one-crashes", "Error: a defect")],
+)
+def test_mpirun_a_failing_rank_ends_all(way: str, said: str, tmp_path: Path) -> None:
+    done = mpirun(way, tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.count(said) == 1
+    assert ("Traceback" in done.stderr) == (way == "mpi-one-crashes")
+
+
+def test_mpi_world_smaller_than_promised_is_refused(tmp_path: Path) -> None:
+    promise = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
+    env = clean_env(**promise, OMPI_COMM_WORLD_LOCAL_SIZE="2")
+    done = subprocess.run([sys.executable, RANKS, "mpi", tmp_path], env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "started 2 ranks but MPI sees 1" in done.stderr and "--mpi=pmi2" in done.stderr
+
+
+def torch_pair(way: str, out: Path) -> tuple[list[int], str]:
+    port, children, said = str(world.free_port()), [], out / "stderr"
+    with said.open("w") as stderr:
+        for rank in ("0", "1"):
+            env = clean_env(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_SIZE="2", MASTER_PORT=port)
+            children.append(subprocess.Popen([sys.executable, RANKS, way, out], env=env, stderr=stderr))
+    return [child.wait(timeout=120) for child in children], said.read_text()
+
+
+@pytest.mark.slow
+def test_gloo_two_ranks(tmp_path: Path) -> None:
+    codes, said = torch_pair("torch", tmp_path)
+    assert codes == [0, 0], said
+    check_two_ranks(tmp_path)
+
+
+@pytest.mark.slow
+def test_gloo_a_failing_rank_ends_all(tmp_path: Path) -> None:
+    codes, said = torch_pair("torch-one-fails", tmp_path)
+    assert codes == [1, 1]
+    assert said.count("one rank: fails") == 1
