@@ -6,7 +6,8 @@ angles yaw > 0 looks to the image's left, pitch > 0 up, roll > 0 tilts clockwise
 300W-LP / AFLW2000 (3DDFA), WHENet, DirectMHP's AGORA-HPE and CMU-HPE labels and of `draw_axis`.
 
 Ranges: yaw and roll in (-180, 180], |pitch| <= 90; each rotation has one such triple, apart from gimbal lock
-(yaw = ±90), where the triple with the smallest |roll| of {0, 180} is given.
+(yaw = ±90), where roll is given as 0, or as 180 where pitch could not stay within ±90 otherwise.
+Pitch is the outermost turn: seen from behind (|yaw| > 90) a head with pitch > 0 looks down, as in the public labels.
 """
 
 import numpy as np
@@ -27,7 +28,8 @@ def rotation_from_pose(yaw_deg: float | Array, pitch_deg: float | Array, roll_de
     yaw, pitch, roll = np.broadcast_arrays(yaw_deg, pitch_deg, roll_deg)
     triples = np.stack([-pitch, yaw, roll], axis=-1).astype(float)
     matrices = Rotation.from_euler("XYZ", triples.reshape(-1, 3), degrees=True).as_matrix()
-    return matrices.reshape(*triples.shape[:-1], 3, 3)
+    shaped: Array = matrices.reshape(*triples.shape[:-1], 3, 3)
+    return shaped
 
 
 def pose_from_rotation(rotation: Array) -> Array:
@@ -39,18 +41,20 @@ def pose_from_rotation(rotation: Array) -> Array:
     pitch = np.where(locked, np.arctan2(-m[..., 2, 1], m[..., 1, 1]), np.arctan2(m[..., 1, 2], m[..., 2, 2]))
     # The second solution, yaw beyond ±90, is the one whose pitch stays within ±90.
     beyond = np.abs(pitch) > np.pi / 2
-    sign = np.where(beyond, -1.0, 1.0)
-    yaw = np.where(locked, np.copysign(np.pi / 2, sin_yaw), np.arctan2(sin_yaw, sign * cos_yaw))
-    roll = np.where(
-        locked, np.where(beyond, np.pi, 0.0), np.arctan2(-sign * m[..., 0, 1], sign * m[..., 0, 0])
-    )
     pitch = np.where(beyond, pitch - np.copysign(np.pi, pitch), pitch)
-    return wrap_deg(np.degrees(np.stack([yaw, pitch, roll], axis=-1)))
+    yaw = np.arctan2(sin_yaw, np.where(beyond, -cos_yaw, cos_yaw))
+    yaw = np.where(locked, np.copysign(np.pi / 2, sin_yaw), yaw)
+    # Roll is what is left of M once pitch is undone, not a second reading of row 0: near gimbal lock pitch is
+    # mostly noise, and only so does roll take up the same noise and give the same matrix back.
+    sin_roll = np.cos(pitch) * m[..., 1, 0] - np.sin(pitch) * m[..., 2, 0]
+    cos_roll = np.cos(pitch) * m[..., 1, 1] - np.sin(pitch) * m[..., 2, 1]
+    return wrap_deg(np.degrees(np.stack([yaw, pitch, np.arctan2(sin_roll, cos_roll)], axis=-1)))
 
 
 def wrap_deg(angle_deg: float | Array) -> Array:
     """Any angle in degrees to (-180, 180]."""
-    return 180.0 - np.mod(180.0 - np.asarray(angle_deg, dtype=float), 360.0)
+    wrapped: Array = 180.0 - np.mod(180.0 - np.asarray(angle_deg, dtype=float), 360.0)
+    return wrapped
 
 
 def geodesic_deg(a: Array, b: Array) -> Array:
@@ -59,7 +63,8 @@ def geodesic_deg(a: Array, b: Array) -> Array:
     2·asin(|A - B|_F / (2·√2)), which equals acos((tr(AᵀB) - 1) / 2) and keeps its digits near zero.
     """
     distance = np.linalg.norm(np.asarray(a) - np.asarray(b), axis=(-2, -1))
-    return np.degrees(2.0 * np.arcsin(np.clip(distance / (2.0 * np.sqrt(2.0)), 0.0, 1.0)))
+    angle_deg: Array = np.degrees(2.0 * np.arcsin(np.clip(distance / (2.0 * np.sqrt(2.0)), 0.0, 1.0)))
+    return angle_deg
 
 
 def is_rotation(matrix: Array, tolerance: float = 1e-4) -> bool:
@@ -72,9 +77,53 @@ def is_rotation(matrix: Array, tolerance: float = 1e-4) -> bool:
 
 def flip_rotation(rotation: Array) -> Array:
     """The pose of a head in the image mirrored left to right: F · M · F, that is (-yaw, pitch, -roll). Exact."""
-    return _FLIP @ rotation @ _FLIP
+    mirrored: Array = _FLIP @ rotation @ _FLIP
+    return mirrored
 
 
 def rotate_rotation(rotation: Array, clockwise_deg: float) -> Array:
     """The pose of a head in the image turned clockwise about its ray: Rz(a) · M (not "roll += a")."""
-    return Rotation.from_euler("Z", clockwise_deg, degrees=True).as_matrix() @ rotation
+    turned: Array = Rotation.from_euler("Z", clockwise_deg, degrees=True).as_matrix() @ rotation
+    return turned
+
+
+def ray_relative(rotation: Array, ray: Array) -> Array:
+    """(…, 3, 3) in camera axes and the head's viewing ray (…, 3) to the pose relative to that ray.
+
+    The smallest rotation that turns the ray into the optical axis is put before M: what a crop of the head shows.
+    """
+    unit = np.asarray(ray, dtype=float)
+    unit = unit / np.linalg.norm(unit, axis=-1, keepdims=True)
+    axis = np.cross(unit, [0.0, 0.0, 1.0])
+    sine = np.linalg.norm(axis, axis=-1, keepdims=True)
+    angle = np.arctan2(sine, unit[..., 2:3])
+    turn = Rotation.from_rotvec((axis / np.maximum(sine, 1e-12) * angle).reshape(-1, 3)).as_matrix()
+    relative: Array = turn.reshape(*unit.shape[:-1], 3, 3) @ rotation
+    return relative
+
+
+def from_3ddfa(rotation: Array) -> Array:
+    """Matrices of 3DDFA / 300W-LP and of WHENet's and DirectMHP's `rotate_zyx` (y up) to M: S · R · S."""
+    return HEAD_TO_CAMERA @ rotation @ HEAD_TO_CAMERA
+
+
+def from_6drepnet(rotation: Array) -> Array:
+    """6DRepNet's Rz(r) · Ry(y) · Rx(p) to M: S · Rᵀ · S. Its own inverse: the same call turns M into 6DRepNet's."""
+    return HEAD_TO_CAMERA @ np.swapaxes(rotation, -1, -2) @ HEAD_TO_CAMERA
+
+
+def from_head_to_camera(rotation: Array) -> Array:
+    """Rotation of head axes (y up, z out of the face; FLAME, DAD-3DHeads) to OpenCV camera axes, to M: R · S.
+
+    BIWI's and img2pose's matrices are M already and need no call.
+    """
+    return np.asarray(rotation, dtype=float) @ HEAD_TO_CAMERA
+
+
+def from_6d(columns: Array) -> Array:
+    """(…, 6), the first two columns of a matrix in one row, not yet orthonormal, to (…, 3, 3)."""
+    first, second = np.asarray(columns, dtype=float)[..., :3], np.asarray(columns, dtype=float)[..., 3:]
+    x = first / np.linalg.norm(first, axis=-1, keepdims=True)
+    z = np.cross(x, second)
+    z = z / np.linalg.norm(z, axis=-1, keepdims=True)
+    return np.stack([x, np.cross(z, x), z], axis=-1)

@@ -2,7 +2,8 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass, field
+import re
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from shards import pose
 
 CONVENTION = "hpe-v1"
 _POSE_TOLERANCE_DEG = 0.1
+_SIDE = re.compile(r"\b(left|right)(?=\b|most\b|wards?\b)", re.IGNORECASE)
 
 
 class RecordError(UserError):
@@ -89,6 +91,28 @@ class Record:
         }
         return json.dumps(value, separators=(",", ":"))
 
+    def mirrored(self) -> "Record":
+        """The record of the image mirrored left to right: boxes, poses, camera and the words left and right."""
+        width = self.image.width
+        camera = self.image.camera and replace(self.image.camera, cx=width - self.image.camera.cx)
+        heads = [
+            replace(head, bbox=_mirror(head.bbox, width), rotation=tuple(pose.flip_rotation(head.matrix).flat))
+            for head in self.heads
+        ]
+        objects = [Object(mirror_words(o.expression), _mirror(o.bbox, width)) for o in self.objects]
+        return Record(replace(self.image, camera=camera), heads, objects)
+
+
+def mirror_words(text: str) -> str:
+    """`text` with left and right exchanged (leftmost and leftward too), capitals kept."""
+
+    def other(match: re.Match[str]) -> str:
+        word = match.group(0)
+        swapped = "right" if word.lower() == "left" else "left"
+        return swapped.upper() if word.isupper() else swapped.title() if word[0].isupper() else swapped
+
+    return _SIDE.sub(other, text)
+
 
 def from_json(text: str | bytes) -> Record:
     """Read and check a record. Raises RecordError; the caller adds shard and key."""
@@ -134,12 +158,15 @@ def _head(index: int, value: dict[str, Any]) -> Head:
     visible = float(value["visible"])
     if not 0.0 <= visible <= 1.0:
         raise RecordError(f"{name}: visible {visible} is outside [0, 1]")
+    confidence = float(value.get("confidence", 1.0))
+    if not 0.0 <= confidence <= 1.0:
+        raise RecordError(f"{name}: confidence {confidence} is outside [0, 1]")
     return Head(
         bbox=_box(name, value["bbox"]),
         rotation=tuple(rotation.reshape(9).tolist()),
         visible=visible,
         weak=bool(value.get("weak", False)),
-        confidence=float(value.get("confidence", 1.0)),
+        confidence=confidence,
         subject=str(value.get("subject", "")),
     )
 
@@ -151,11 +178,18 @@ def _box(name: str, value: Any) -> tuple[float, float, float, float]:
     return (x0, y0, x1, y1)
 
 
+def _mirror(box: tuple[float, float, float, float], width: int) -> tuple[float, float, float, float]:
+    return (width - box[2], box[1], width - box[0], box[3])
+
+
 def _head_dict(head: Head) -> dict[str, Any]:
-    yaw, pitch, roll = _rounded(head.pose_deg, 4)
+    rotation = _rounded(head.rotation, 7)
+    # The pose of the rounded rotation, so that a record read and written again has the same bytes.
+    triple = pose.pose_from_rotation(np.reshape(rotation, (3, 3)))
+    yaw, pitch, roll = _rounded(pose.wrap_deg(np.round(triple, 4)), 4)
     return {
         "bbox": _rounded(head.bbox, 2),
-        "rotation": _rounded(head.rotation, 7),
+        "rotation": rotation,
         "pose": {"yaw": yaw, "pitch": pitch, "roll": roll},
         "visible": round(float(head.visible), 4),
         "weak": head.weak,
