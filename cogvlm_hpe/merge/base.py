@@ -1,6 +1,5 @@
 """The base model's weights on disk, read a block of rows at a time."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,9 +7,9 @@ from typing import Any
 import torch
 
 from cogvlm_hpe.merge.factors import Adapter, Factor
+from cogvlm_hpe.model.fingerprint import fingerprint, tensor_files
 from launcher.errors import UserError
 
-_INDEX = "model.safetensors.index.json"
 _BLOCK_BYTES = 64 * 2**20
 
 
@@ -20,26 +19,7 @@ class Base:
     def __init__(self, path: Path) -> None:
         """Find which file holds which tensor. Raises UserError where the folder holds no safetensors."""
         self.path = Path(path)
-        if not self.path.is_dir():
-            raise UserError(f"base {self.path}: no such folder; give the folder with config.json and *.safetensors")
-        self._files = self._find_files()
-
-    def _find_files(self) -> dict[str, Path]:
-        from safetensors import SafetensorError, safe_open
-
-        index = self.path / _INDEX
-        if index.exists():
-            return {name: self.path / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-        files: dict[str, Path] = {}
-        for file in sorted(self.path.glob("*.safetensors")):
-            try:
-                with safe_open(file, framework="pt") as tensors:
-                    files |= dict.fromkeys(tensors.keys(), file)
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"{file}: not a safetensors file ({error}); fetch or write it again") from None
-        if not files:
-            raise UserError(f"base {self.path}: no *.safetensors; a checkpoint in another form must be converted first")
-        return files
+        self._files = tensor_files(self.path)
 
     def rows(self, layer: str, factor: Factor) -> Iterator[tuple[int, torch.Tensor]]:
         """(first row, block of rows) of `layer`'s weight, of at most 64 MiB in float64.
@@ -73,17 +53,10 @@ def check_fingerprint(base: Base, adapter: Adapter) -> str | None:
     wanted = adapter.hpe.get("base_fingerprint")
     if wanted is None:
         return None
-    found = fingerprint_of(base.path)
+    found = fingerprint(base.path)
     if found != wanted:
         raise UserError(
             f"adapter {adapter.path} was trained on another base: its hpe.json says fingerprint {str(wanted)[:16]}…, "
             f"{base.path} has {found[:16]}…; give that base with --base"
         )
     return found
-
-
-def fingerprint_of(path: Path) -> str:
-    """Fingerprint of a base folder: the one place where this room asks for it."""
-    from cogvlm_hpe.model.fingerprint import fingerprint
-
-    return fingerprint(path)

@@ -9,6 +9,7 @@ from launcher.errors import UsageError
 if TYPE_CHECKING:
     from cogvlm_hpe.merge.writer import Merged
 
+HELP = "merge adapters with their base: layer by layer, or by task arithmetic"
 METHODS = ("layerwise", "task-arithmetic")
 GRANULARITIES = ("projection", "module", "block")
 
@@ -47,8 +48,9 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     from cogvlm_hpe.merge import writer
     from cogvlm_hpe.merge.base import Base
+    from cogvlm_hpe.model.load import resolve_base
 
-    base, adapters = Base(args.base), writer.read_adapters(args.adapter)
+    base, adapters = Base(resolve_base(args.base)), writer.read_adapters(args.adapter)
     if args.method == "layerwise":
         merged = writer.merge_layerwise(base, adapters[0], args.threshold, args.quantile, args.granularity)
     else:

@@ -152,14 +152,18 @@ def write_adapter(folder: Path, factors: Factors, like: Adapter, base: Path, mer
         tensors[f"{_PREFIX}{name}{_A}"] = factor.a.contiguous()
         tensors[f"{_PREFIX}{name}{_B}"] = factor.b.contiguous()
     save_file(tensors, folder / ADAPTER_TENSORS, metadata={"format": "pt"})
-    config = like.config | _layers_config(factors) | {"base_model_name_or_path": str(base)}
+    config = (
+        like.config
+        | _layers_config(factors, bool(like.config.get("use_rslora")))
+        | {"base_model_name_or_path": str(base)}
+    )
     _write_json(folder / ADAPTER_CONFIG, config)
     _write_json(folder / HPE_CONFIG, like.hpe | {"merge": dict(merge)})
 
 
-def _layers_config(factors: Factors) -> dict[str, Any]:
+def _layers_config(factors: Factors, rslora: bool) -> dict[str, Any]:
     ranks = {name: factor.rank for name, factor in factors.items()}
-    alphas = {name: factor.scale * factor.rank for name, factor in factors.items()}
+    alphas = {name: _alpha(factor, rslora) for name, factor in factors.items()}
     rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
     # "^" makes peft take the name whole: without it a pattern also fits longer names that end alike.
     return {
@@ -167,13 +171,20 @@ def _layers_config(factors: Factors) -> dict[str, Any]:
         "lora_alpha": alpha,
         "rank_pattern": {f"^{name}": value for name, value in sorted(ranks.items()) if value != rank},
         "alpha_pattern": {f"^{name}": value for name, value in sorted(alphas.items()) if value != alpha},
-        "use_rslora": False,
+        "use_rslora": rslora,
         "target_modules": sorted(factors),
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
         "inference_mode": True,
     }
+
+
+def _alpha(factor: Factor, rslora: bool) -> float:
+    """The alpha from which peft computes this scale again: a round number where one gives the very same scale."""
+    norm = math.sqrt(factor.rank) if rslora else factor.rank
+    alpha = factor.scale * norm
+    return round(alpha, 9) if round(alpha, 9) / norm == factor.scale else alpha
 
 
 def _commonest(values: Iterable[float]) -> float:

@@ -12,6 +12,7 @@ from torch import nn
 
 from cogvlm_hpe.merge import arithmetic, command, factors, layerwise
 from cogvlm_hpe.merge.base import Base
+from cogvlm_hpe.model.fingerprint import fingerprint
 from launcher.errors import UsageError, UserError
 
 TARGETS = ["query_key_value", "dense", "up_proj"]
@@ -67,6 +68,7 @@ def make_adapter(folder: Path, seed: int = 1, **options: object) -> Path:
 def base(tmp_path: Path) -> Base:
     folder = tmp_path / "base"
     folder.mkdir()
+    (folder / "config.json").write_text("{}")
     save_file(make_tower().state_dict(), folder / "model.safetensors")
     return Base(folder)
 
@@ -101,7 +103,12 @@ def test_one_adapter_with_weight_one_is_that_adapter(tmp_path: Path, base: Base,
     before, after = tuned_weights(path), tuned_weights(out)
     for name in before:
         torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-12)
-    assert load_file(out / "adapter_model.safetensors").keys() == load_file(path / "adapter_model.safetensors").keys()
+    stored, written = load_file(path / "adapter_model.safetensors"), load_file(out / "adapter_model.safetensors")
+    assert stored.keys() == written.keys() and all(torch.equal(stored[key], written[key]) for key in stored)
+    old, new = (json.loads((folder / "adapter_config.json").read_text()) for folder in (path, out))
+    assert [old[key] for key in ("r", "use_rslora")] == [new[key] for key in ("r", "use_rslora")]
+    if not options.get("rank_pattern"):
+        assert new["lora_alpha"] == old["lora_alpha"]
 
 
 def test_quantile_zero_keeps_every_layer(tmp_path: Path, base: Base) -> None:
@@ -235,9 +242,10 @@ def test_a_base_of_another_width_is_refused(tmp_path: Path, base: Base) -> None:
         run(base, [make_adapter(tmp_path / "a")], tmp_path / "out")
 
 
-def test_another_base_is_refused_by_fingerprint(tmp_path: Path, base: Base, monkeypatch) -> None:
-    monkeypatch.setattr("cogvlm_hpe.merge.base.fingerprint_of", lambda path: "b" * 64)
+def test_another_base_is_refused_by_fingerprint(tmp_path: Path, base: Base) -> None:
     path = make_adapter(tmp_path / "a")
+    (path / "hpe.json").write_text(json.dumps({"base_fingerprint": fingerprint(base.path)}))
+    run(base, [path], tmp_path / "fits")
     (path / "hpe.json").write_text(json.dumps({"base_fingerprint": "a" * 64}))
     with pytest.raises(UserError, match="was trained on another base"):
         run(base, [path], tmp_path / "out")
