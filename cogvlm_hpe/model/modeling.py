@@ -37,6 +37,7 @@ class CogVLMOutput(ModelOutput):
     """What a call gives back; `patches` are the vision tower's (I, N, C), `image_tokens` the adapter's (I, N, D)."""
 
     loss: Tensor | None = None
+    branch_losses: Tensor | None = None  # (R,) detached mean over an answer's tokens; 0 without an answer
     logits: Tensor | None = None
     patches: Tensor | None = None
     image_tokens: Tensor | None = None
@@ -183,19 +184,20 @@ class CogVLMForCausalLM(CogVLMPreTrainedModel):
         if branch_labels is None or all_logits:
             output.logits = self.lm_head(hidden)
         if branch_labels is not None:
-            logits, output.loss = self._answer_loss(hidden, branch_labels)
+            logits, output.loss, output.branch_losses = self._answer_loss(hidden, branch_labels)
             output.logits = logits if output.logits is None else output.logits
         return output
 
-    def _answer_loss(self, hidden_RLD: Tensor, labels_RL: Tensor) -> tuple[Tensor, Tensor]:
+    def _answer_loss(self, hidden_RLD: Tensor, labels_RL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         targets = labels_RL[:, 1:]
         rows, columns = (targets != IGNORE).nonzero(as_tuple=True)
         logits = self.lm_head(hidden_RLD[rows, columns])
         losses = F.cross_entropy(logits.float(), targets[rows, columns], reduction="none")
         tokens = torch.bincount(rows, minlength=len(targets)).clamp(min=1)
         answers = (targets != IGNORE).any(dim=1).sum().clamp(min=1)
+        branches = torch.zeros(len(targets), device=losses.device).index_add(0, rows, losses / tokens[rows])
         # A batch without answers still has a graph: ranks must agree on what they call.
-        return logits, (losses / tokens[rows]).sum() / answers + 0.0 * hidden_RLD[:1, :1].sum()
+        return logits, branches.sum() / answers + 0.0 * hidden_RLD[:1, :1].sum(), branches.detach()
 
     def _plain(
         self,

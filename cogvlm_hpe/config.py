@@ -1,0 +1,219 @@
+"""The config of a run: a tree of sections named as the rooms, checked before anything heavy is imported.
+
+Values come in the order defaults, YAML file, command line (`--train.lr 1e-4`); an unknown key is an error.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from cogvlm_hpe.dialogue import DEFAULT_PROMPTS, AnswerFormat, Task
+from launcher.errors import UsageError
+
+
+@dataclass
+class ModelConfig:
+    """The base model and how it is spoken to.
+
+    Args:
+        base: folder of the base (config.json, *.safetensors), or the name of a packaged one: tiny
+        tokenizer: folder with the tokenizer, when it is not the base's
+        dtype: number format of the weights while training; bf16 keeps float32 masters in the optimizer
+        random_init: start from random weights; only config and tokenizer are read from base
+        answer_format: how a pose is written: offset {{000..360,000..180,000..360}} or signed degrees
+        prompts: one question per task; {box} and {expression} are filled in
+    """
+
+    base: str
+    tokenizer: str | None = None
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    random_init: bool = False
+    answer_format: AnswerFormat = "offset"
+    prompts: dict[Task, str] = field(default_factory=lambda: dict(DEFAULT_PROMPTS))
+
+
+@dataclass
+class AdapterConfig:
+    """LoRA by peft. Leave the whole section out (null) to train every parameter.
+
+    Args:
+        rank: width of the factors
+        alpha: the delta is scaled by alpha / rank (alpha / sqrt(rank) with rslora)
+        dropout: dropout before the factors
+        rslora: rank-stabilised scaling
+        targets: which linear layers: {language,vision,vit}.{attention,mlp}, glue
+        scope: all tokens, or text: the image prefix keeps the base weights and needs no gradient
+        init: adapter folder or checkpoint whose factors this stage starts from
+    """
+
+    rank: int = 16
+    alpha: float = 16.0
+    dropout: float = 0.0
+    rslora: bool = False
+    targets: list[str] = field(default_factory=lambda: ["language.attention"])
+    scope: Literal["all", "text"] = "text"
+    init: str | None = None
+
+
+@dataclass
+class SetConfig:
+    """One shard set of a mix.
+
+    Args:
+        path: folder of the set
+        ratio: its share of the images, relative to the other sets
+        ask: which questions are asked about its images
+    """
+
+    path: str
+    ratio: float = 1.0
+    ask: list[Task] = field(default_factory=lambda: ["pose", "where"])
+
+
+@dataclass
+class ShardsConfig:
+    """The data of a run.
+
+    Args:
+        train: the mix
+        batch: images in one global batch, over all ranks; a multiple of the ranks
+        seed: order of the samples and choice of the questions
+        workers: reader processes a rank
+        questions: at most so many questions an image
+        min_visible: heads with a smaller visible fraction are not asked about
+        flip: mirror half of the images, with their poses, boxes and left/right words
+        on_bad_sample: fail, or skip: the sample leaves a hole of weight 0 and is counted
+    """
+
+    train: list[SetConfig]
+    batch: int = 64
+    seed: int = 1
+    workers: int = 0
+    questions: int = 8
+    min_visible: float = 0.5
+    flip: bool = True
+    on_bad_sample: Literal["fail", "skip"] = "fail"
+
+
+@dataclass
+class TrainConfig:
+    """The loop.
+
+    Args:
+        max_steps: length of the run and of its schedule, in global steps
+        stop_after: end this start after so many steps, with a checkpoint and exit code 85
+        lr: peak learning rate (AdamW)
+        min_lr_ratio: the cosine schedule ends at lr times this
+        warmup_steps: linear warm-up
+        weight_decay: AdamW's, on every trained parameter
+        betas: AdamW's
+        clip: largest norm of the gradient
+        zero_stage: DeepSpeed ZeRO 0-3
+        micro_batch: images a rank takes at once; gradients are accumulated up to shards.batch
+        gradient_checkpointing: recompute layers in the backward pass
+        seed: of fresh weights and of dropout
+        auxiliary: weight of the dense loss on image tokens (kind, colour, box, head axes); for base training
+        save_every: steps between checkpoints
+        keep: checkpoints kept, the newest ones
+        log_every: steps between lines in the log and points in TensorBoard
+    """
+
+    max_steps: int = 1000
+    stop_after: int | None = None
+    lr: float = 1e-4
+    min_lr_ratio: float = 0.1
+    warmup_steps: int = 100
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    micro_batch: int = 2
+    gradient_checkpointing: bool = False
+    seed: int = 1
+    auxiliary: float = 0.0
+    save_every: int = 200
+    keep: int = 2
+    log_every: int = 10
+
+
+@dataclass
+class RunConfig:
+    """A whole training run."""
+
+    run_dir: str
+    model: ModelConfig
+    shards: ShardsConfig
+    adapter: AdapterConfig | None = None
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+# What a resumed run may change without becoming another run: speed, place and bookkeeping.
+_FREE_KEYS = {
+    "run_dir",
+    "shards.workers",
+    "train.stop_after",
+    "train.zero_stage",
+    "train.micro_batch",
+    "train.gradient_checkpointing",
+    "train.save_every",
+    "train.keep",
+    "train.log_every",
+}
+
+
+def flatten(config: RunConfig) -> dict[str, Any]:
+    """Dotted key to value, sections opened, lists kept whole."""
+
+    def walk(prefix: str, value: Any) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {prefix: value}
+        out: dict[str, Any] = {}
+        for key, inner in value.items():
+            out |= walk(f"{prefix}.{key}" if prefix else key, inner)
+        return out
+
+    return walk("", asdict(config))
+
+
+def changes(saved: RunConfig, now: RunConfig) -> list[str]:
+    """Keys whose change breaks the exactness of a resumed run, each as `key: old -> new`."""
+    before, after = flatten(saved), flatten(now)
+    keys = sorted((before.keys() | after.keys()) - _FREE_KEYS)
+    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
+
+
+def check(config: RunConfig) -> None:
+    """Rules between keys. Raises UsageError naming the key, the value and the remedy."""
+    shards, train, adapter = config.shards, config.train, config.adapter
+    for name, value in (
+        ("shards.batch", shards.batch),
+        ("shards.questions", shards.questions),
+        ("train.max_steps", train.max_steps),
+        ("train.micro_batch", train.micro_batch),
+        ("train.save_every", train.save_every),
+        ("train.keep", train.keep),
+        ("train.log_every", train.log_every),
+    ):
+        if value < 1:
+            raise UsageError(f"{name} {value}: must be at least 1")
+    if not shards.train:
+        raise UsageError("shards.train is empty: name at least one shard set")
+    for entry in shards.train:
+        if entry.ratio <= 0:
+            raise UsageError(f"shards.train {entry.path}: ratio {entry.ratio} must be above 0")
+    if adapter and adapter.scope == "text":
+        wrong = [t for t in adapter.targets if not t.startswith("language.")]
+        if wrong:
+            raise UsageError(f"adapter.targets {wrong}: adapter.scope text leaves image tokens alone; use scope all")
+    if config.model.random_init and adapter:
+        raise UsageError("model.random_init with an adapter: a random base is trained whole; leave `adapter` out")
+
+
+def check_world(config: RunConfig, size: int) -> int:
+    """Micro-batches a step on `size` ranks. Raises UsageError where batch, ranks and micro-batch do not divide."""
+    batch, micro = config.shards.batch, config.train.micro_batch
+    if batch % size:
+        raise UsageError(f"shards.batch {batch}: must be a multiple of the {size} ranks")
+    per_rank = batch // size
+    if per_rank % micro:
+        raise UsageError(f"train.micro_batch {micro}: must divide the {per_rank} images a rank has a step")
+    return per_rank // micro

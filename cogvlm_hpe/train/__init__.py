@@ -1,0 +1,1 @@
+"""LoRA or full-parameter training under DeepSpeed."""

@@ -1,0 +1,73 @@
+"""`cogvlm-hpe train`: one rank's work, started by a launcher."""
+
+from pathlib import Path
+from typing import Any
+
+from cogvlm_hpe import config as configs
+from cogvlm_hpe.config import RunConfig
+from launcher.errors import UsageError
+
+HELP = "train an adapter, or a whole base: one rank's work, started by a launcher"
+EPILOG = """starting it
+  hpe-launch train FILE --nproc 2                          finds the way itself
+  deepspeed --num_gpus 2 --module cogvlm_hpe train --config FILE
+  cogvlm-hpe train --config FILE                           one rank
+exit code 85: stopped on request, resumable with --resume"""
+
+
+def make_parser(prog: str = "cogvlm-hpe train") -> Any:
+    """Typed parser over RunConfig: `--config FILE`, then any key as `--section.key VALUE`."""
+    from argparse import RawDescriptionHelpFormatter
+
+    from jsonargparse import ActionConfigFile, ArgumentParser
+
+    class Formatter(RawDescriptionHelpFormatter):
+        pass
+
+    parser = ArgumentParser(prog=prog, description=HELP, epilog=EPILOG, exit_on_error=False, formatter_class=Formatter)
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file; keys on the command line win over it")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint of run_dir")
+    parser.add_argument("--allow-change", action="store_true", help="resume although keys changed that matter")
+    parser.add_class_arguments(RunConfig)
+    return parser
+
+
+def parse(argv: list[str]) -> tuple[RunConfig, bool, bool]:
+    """Config, resume, allow-change of a command line. Raises UsageError in one line."""
+    from jsonargparse import ArgumentError
+
+    parser = make_parser()
+    try:
+        namespace = parser.parse_args(argv)
+        resume, allow_change = namespace.pop("resume"), namespace.pop("allow_change")
+        namespace.pop("config")
+        built = parser.instantiate_classes(namespace)
+        config = RunConfig(**vars(built))
+    except ArgumentError as error:
+        raise UsageError(f"{' '.join(str(error).split())} (cogvlm-hpe train --help lists all keys)") from None
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"the config does not make a run: {' '.join(str(error).split())}") from None
+    configs.check(config)
+    return config, resume, allow_change
+
+
+def parse_file(path: Path) -> RunConfig:
+    """The config a run folder recorded."""
+    return parse(["--config", str(path)])[0]
+
+
+def main(argv: list[str]) -> int:
+    """Parse, set up, loop."""
+    config, resume, allow_change = parse(argv)
+
+    from cogvlm_hpe.train.loop import run_loop
+    from cogvlm_hpe.train.setup import setup
+    from launcher.comm import from_torch
+    from launcher.world import discover
+
+    world = discover()
+    run = setup(config, world, from_torch(world), resume=resume, allow_change=allow_change)
+    try:
+        return run_loop(run)
+    finally:
+        run.monitor.close()

@@ -1,0 +1,152 @@
+"""DeepSpeed around the model: one optimizer step over a global batch, and state by parameter name.
+
+DeepSpeed's own checkpoints are tied to the number of ranks and to `latest`; here the state is read and set as whole
+float32 tensors by name, so that any world size and any ZeRO stage can go on from it.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cogvlm_hpe.config import RunConfig
+from cogvlm_hpe.train.adapter import trainable
+from launcher.comm import Comm
+from launcher.errors import UserError
+
+_ADAM_STATE = ("exp_avg", "exp_avg_sq")
+
+
+def prepare_deepspeed() -> None:
+    """Before DeepSpeed is first imported: on a machine without CUDA, keep it from compiling its CPU op.
+
+    The op (shared-memory all-reduce) takes minutes to build and a killed build leaves a lock on which every later
+    run hangs; gloo does the same work. Losses are the same with and without it.
+    """
+    if torch.cuda.is_available():
+        return
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__ = {}
+
+
+class Engine:
+    """The trained module and its optimizer under ZeRO."""
+
+    def __init__(self, module: nn.Module, config: RunConfig, comm: Comm, accumulation: int) -> None:
+        import deepspeed
+
+        self.comm = comm
+        self.parameters = trainable(module)
+        train = config.train
+        # One group: with several, DeepSpeed 0.19.8 links only the first one's Adam state to its parameters.
+        optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=train.lr, betas=train.betas, weight_decay=train.weight_decay
+        )
+        self.engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            config=self._deepspeed_config(config, accumulation),
+            dist_init_required=False,
+        )
+
+    def _deepspeed_config(self, config: RunConfig, accumulation: int) -> dict[str, Any]:
+        train = config.train
+        return {
+            "train_micro_batch_size_per_gpu": train.micro_batch,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": train.clip,
+            "bf16": {"enabled": config.model.dtype == "bf16"},
+            "zero_optimization": {"stage": train.zero_stage},
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 10**9,  # what is worth saying goes through our own monitor
+        }
+
+    def set_lr(self, lr: float) -> None:
+        """Learning rate of the next step."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of this rank's part of the loss.
+
+        The caller has scaled it so that the *sum* over ranks and micro-batches is the global loss times the number
+        of ranks: DeepSpeed then averages over ranks and nothing else.
+        """
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self) -> None:
+        """End a micro-batch; at the last one of a step, clip and update. Raises UserError on a non-finite gradient.
+
+        DeepSpeed skips such a step without a word, on all ranks alike, so no weight has changed.
+        """
+        skipped = self.engine.skipped_steps
+        self.engine.step()
+        if self.engine.skipped_steps != skipped:
+            raise UserError(
+                "the gradient is not finite, no weight was changed; look at the last samples, lower train.lr, and "
+                "resume from the last checkpoint"
+            )
+
+    def grad_norm(self) -> float:
+        """Norm of the last step's gradient before clipping; nan where DeepSpeed does not tell (stage 0, fp32)."""
+        norm = self.engine.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    def weights(self) -> dict[str, Tensor]:
+        """All ranks. Trained parameters as whole float32 tensors on the CPU, by name."""
+        return {name: self._full(p, None) for name, p in self.parameters.items()}
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """All ranks. Adam's moments by `name/key`, and the count of its steps."""
+        out = {f"{n}/{key}": self._full(p, key) for n, p in self.parameters.items() for key in _ADAM_STATE}
+        out["adam_step"] = torch.tensor(float(self._adam_steps()[0]))
+        return out
+
+    def load(self, weights: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+        """All ranks. Take over a saved state; Adam must have made its own before (one step at rate 0).
+
+        The module's working weights were loaded before the engine was made; masters may hold more digits.
+        """
+        for name, parameter in self.parameters.items():
+            self._set(parameter, weights[name], None)
+            for key in _ADAM_STATE:
+                self._set(parameter, state[f"{name}/{key}"], key)
+        for counter in self._adam_steps():
+            counter.fill_(float(state["adam_step"]))
+
+    def _full(self, parameter: nn.Parameter, key: str | None) -> Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if self._is_plain(parameter):
+            value = parameter if key is None else self.engine.optimizer.state[parameter][key]
+        elif key is None:
+            value = safe_get_full_fp32_param(parameter)
+        else:
+            value = safe_get_full_optimizer_state(parameter, key)
+        return value.detach().float().cpu().clone().reshape(self._shape(parameter))
+
+    def _set(self, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        value = value.to(parameter.device)
+        if self._is_plain(parameter):
+            target = parameter.data if key is None else self.engine.optimizer.state[parameter][key]
+            target.copy_(value)
+        elif key is None:
+            safe_set_full_fp32_param(parameter, value)
+        else:
+            safe_set_full_optimizer_state(parameter, value, key)
+
+    def _is_plain(self, parameter: nn.Parameter) -> bool:
+        return not hasattr(parameter, "ds_id") and not hasattr(parameter, "_hp_mapping")
+
+    def _shape(self, parameter: nn.Parameter) -> Sequence[int]:
+        return getattr(parameter, "ds_shape", parameter.shape)
+
+    def _adam_steps(self) -> list[Tensor]:
+        optimizer = getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
+        return [state["step"] for state in optimizer.state.values() if "step" in state]

@@ -1,0 +1,36 @@
+"""What the engine trains: the model and, for a base, its dense read-outs, behind one forward."""
+
+from torch import Tensor, nn
+
+from cogvlm_hpe.model.modeling import CogVLMForCausalLM
+from cogvlm_hpe.train.auxiliary import DenseHeads, dense_targets
+from cogvlm_hpe.train.batch import Batch
+
+MODEL_PREFIX = "cogvlm."
+
+
+class TrainedModule(nn.Module):
+    """Engines hook `forward`, so everything that needs gradients goes through it."""
+
+    def __init__(self, cogvlm: CogVLMForCausalLM, auxiliary: float) -> None:
+        super().__init__()
+        self.cogvlm = cogvlm
+        self.auxiliary = auxiliary
+        config = cogvlm.config
+        self.dense = DenseHeads(config.vision_config["hidden_size"], config.hidden_size) if auxiliary else None
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Sum of the answers' losses (0-d), each branch's loss (R,), and the dense loss summed over images."""
+        device = self.cogvlm.device
+        out = self.cogvlm(
+            pixel_values=batch.pixel_values.to(device, self.cogvlm.dtype),
+            image_index=batch.image_index.to(device),
+            branch_input_ids=batch.input_ids.to(device),
+            branch_labels=batch.labels.to(device),
+        )
+        total = out.loss * max(1, batch.n_answers)
+        if self.dense is None:
+            return total, out.branch_losses, None
+        side = int(out.patches.shape[1] ** 0.5)
+        dense = self.dense(out.patches, out.image_tokens, dense_targets(batch.records, side))
+        return total, out.branch_losses, dense * len(batch.records)

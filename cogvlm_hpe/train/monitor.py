@@ -1,0 +1,101 @@
+"""What a run says of itself: log.txt, metrics.jsonl and TensorBoard, written by rank 0 alone."""
+
+import json
+import logging
+import math
+import platform
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from launcher.comm import Comm
+from launcher.files import write_json_atomic
+from launcher.world import World
+
+_PACKAGES = ("torch", "deepspeed", "transformers", "peft", "webdataset", "numpy")
+
+
+class Monitor:
+    """Scalars of a step go everywhere at once; `first_step` cuts off what a resumed run will write again."""
+
+    def __init__(self, run_dir: Path, comm: Comm, first_step: int) -> None:
+        self.active = comm.rank == 0
+        if not self.active:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step or None)
+        self._metrics = run_dir / "metrics.jsonl"
+        _cut_after(self._metrics, first_step)
+        self._file = self._metrics.open("a", encoding="utf-8")
+        self.log = _logger(run_dir / "log.txt")
+
+    def scalars(self, global_step: int, values: dict[str, float]) -> None:
+        """Record `room/name: value` after `global_step` steps; values that are not finite are left out."""
+        if not self.active:
+            return
+        finite = {key: value for key, value in values.items() if math.isfinite(value)}
+        for key, value in finite.items():
+            self._writer.add_scalar(key, value, global_step)
+        rounded = {key: float(f"{value:.7g}") for key, value in finite.items()}
+        self._file.write(json.dumps({"global_step": global_step, **rounded}) + "\n")
+        self._file.flush()
+
+    def text(self, tag: str, text: str) -> None:
+        """A text for TensorBoard, such as the config."""
+        if self.active:
+            self._writer.add_text(tag, text)
+
+    def say(self, message: str) -> None:
+        """A line for log.txt."""
+        if self.active:
+            self.log.info(message)
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        if self.active:
+            self._writer.close()
+            self._file.close()
+            for handler in list(self.log.handlers):
+                handler.close()
+                self.log.removeHandler(handler)
+
+
+def write_run_json(run_dir: Path, world: World, threads: int, start_s: float, first_step: int, **more: Any) -> None:
+    """Where and with what a run was made; a start adds a line to `starts`."""
+    path = run_dir / "run.json"
+    run = json.loads(path.read_text()) if path.is_file() else {"starts": []}
+    versions = {name: metadata.version(name) for name in _PACKAGES}
+    start = {
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "ranks": world.size,
+        "threads_per_rank": threads,
+        "started_by": world.kind,
+        "argv": sys.argv[1:],
+        "start_time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(start_s)),
+        "first_step": first_step,
+        **more,
+    }
+    run["starts"] = [s for s in run["starts"] if s["start_time"] != start["start_time"]] + [start]
+    write_json_atomic(path, run)
+
+
+def _cut_after(path: Path, first_step: int) -> None:
+    if not path.is_file():
+        return
+    lines = [line for line in path.read_text().splitlines() if json.loads(line)["global_step"] <= first_step]
+    path.write_text("".join(line + "\n" for line in lines))
+
+
+def _logger(path: Path) -> logging.Logger:
+    log = logging.getLogger(f"cogvlm_hpe.train.{path}")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s train: %(message)s"))
+    log.addHandler(handler)
+    return log

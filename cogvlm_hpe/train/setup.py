@@ -1,0 +1,191 @@
+"""From a config to a run that is ready to loop.
+
+The order matters: 1. ranks meet; 2. base; 3. adapter; 4. weights of the run's own checkpoint; 5. engine, whose masters
+are made from those weights; 6. optimizer state, for which Adam needs one step at rate 0; 7. stream from the next step.
+"""
+
+import os
+import time
+from pathlib import Path
+
+import torch
+import yaml
+
+from cogvlm_hpe import config as configs
+from cogvlm_hpe.config import RunConfig
+from cogvlm_hpe.model.fingerprint import fingerprint
+from cogvlm_hpe.model.load import load_base, read_config, resolve_base
+from cogvlm_hpe.model.modeling import CogVLMForCausalLM
+from cogvlm_hpe.model.tokenizer import load_tokenizer
+from cogvlm_hpe.train import adapter, checkpoint
+from cogvlm_hpe.train.batch import Collator
+from cogvlm_hpe.train.engine import Engine, prepare_deepspeed
+from cogvlm_hpe.train.loop import Run
+from cogvlm_hpe.train.module import TrainedModule
+from cogvlm_hpe.train.monitor import Monitor, write_run_json
+from launcher.comm import Comm
+from launcher.errors import UserError
+from launcher.world import World
+from shards.index import open_set
+from shards.plan import Plan
+from shards.stream import Stream
+
+CONFIG_FILE = "config.yaml"
+
+
+def set_threads(world: World) -> int:
+    """Fix the threads of this rank: OMP_NUM_THREADS, or an equal share of the machine's cores."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    threads = int(asked) if asked.isdigit() else max(1, len(os.sched_getaffinity(0)) // world.local_size)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def find_resume(run_dir: Path, comm: Comm, resume: bool) -> Path | None:
+    """All ranks. The checkpoint to go on from: rank 0 looks, all follow. Raises UserError on a run already there."""
+    found = comm.broadcast(checkpoint.newest(run_dir))
+    if found is not None and not resume:
+        raise UserError(f"{run_dir}: holds a run already ({found.name}); give --resume to go on, or another run_dir")
+    return found
+
+
+def setup(config: RunConfig, world: World, comm: Comm, *, resume: bool, allow_change: bool) -> Run:
+    """All ranks. Build everything the loop needs. Raises UserError or UsageError for what the user can mend."""
+    start_s = time.time()
+    threads = set_threads(world)
+    run_dir = Path(config.run_dir)
+    accumulation = configs.check_world(config, world.size)
+    from_folder = find_resume(run_dir, comm, resume)
+    if from_folder is not None and not allow_change:
+        refuse_changes(run_dir, config)
+    sets = [open_set(entry.path) for entry in config.shards.train]
+    base = resolve_base(config.model.base)
+    tokenizer = load_tokenizer(config.model.tokenizer or base)
+    torch.manual_seed(config.train.seed)
+    model = make_model(config, base)
+    lora = adapter.add_lora(model, config.adapter, str(base.resolve())) if config.adapter else None
+    module = TrainedModule(model, config.train.auxiliary)
+    saved = take_weights(module, from_folder)
+    prepare_deepspeed()
+    engine = Engine(module, config, comm, accumulation)
+    collator = make_collator(config, tokenizer, model)
+    plan = Plan([len(s) for s in sets], [s.ratio for s in config.shards.train], config.shards.seed, config.shards.batch)
+    if saved is not None:
+        wake_optimizer(engine, collator, accumulation)
+        engine.load(saved.weights, saved.optimizer)
+    first_step = saved.step if saved is not None else 0
+    if comm.rank == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / CONFIG_FILE).write_text(dump(config))
+        write_run_json(run_dir, world, threads, start_s, first_step)
+    monitor = Monitor(run_dir, comm, first_step)
+    monitor.text("config", f"```yaml\n{dump(config)}```")
+    monitor.say(describe_start(engine, world, threads, from_folder))
+    return Run(
+        config=config,
+        comm=comm,
+        engine=engine,
+        collator=collator,
+        plan=plan,
+        stream=Stream(
+            sets,
+            plan,
+            comm.rank,
+            comm.size,
+            image_size=model.config.vision_config["image_size"],
+            start=first_step,
+            workers=config.shards.workers,
+            on_bad_sample=config.shards.on_bad_sample,
+            flip=config.shards.flip,
+        ),
+        monitor=monitor,
+        describe=describe_files(config, base, lora, model, tokenizer),
+        first_step=first_step,
+    )
+
+
+def make_model(config: RunConfig, base: Path) -> CogVLMForCausalLM:
+    """The base with its weights, or with fresh ones."""
+    dtype = torch.bfloat16 if config.model.dtype == "bf16" else torch.float32
+    model = CogVLMForCausalLM(read_config(base)) if config.model.random_init else load_base(base, dtype)
+    model.train()
+    if config.train.gradient_checkpointing:
+        model.model.gradient_checkpointing = True
+    return model
+
+
+def take_weights(module: TrainedModule, folder: Path | None) -> checkpoint.Saved | None:
+    """Load a checkpoint's weights into the module, before the engine makes its masters from them."""
+    if folder is None:
+        return None
+    saved = checkpoint.read(folder)
+    parameters = adapter.trainable(module)
+    checkpoint.check_names(saved, list(parameters), folder)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(saved.weights[name])
+    return saved
+
+
+def wake_optimizer(engine: Engine, collator: Collator, accumulation: int) -> None:
+    """All ranks. One optimizer step at rate 0 on an empty batch: Adam makes its state, no weight changes."""
+    engine.set_lr(0.0)
+    blank = collator.blank()
+    for _ in range(accumulation):
+        total, _, dense = engine.engine(blank)
+        engine.backward(total if dense is None else total + 0.0 * dense)
+        engine.step()
+
+
+def make_collator(config: RunConfig, tokenizer, model: CogVLMForCausalLM) -> Collator:
+    """The rules by which this run's records become questions."""
+    return Collator(
+        tokenizer,
+        config.model,
+        [entry.ask for entry in config.shards.train],
+        at_most=config.shards.questions,
+        min_visible=config.shards.min_visible,
+        seed=config.shards.seed,
+        image_size=model.config.vision_config["image_size"],
+        eos=model.config.eos_token_id,
+        pad=model.config.pad_token_id,
+    )
+
+
+def describe_files(config: RunConfig, base: Path, lora, model: CogVLMForCausalLM, tokenizer) -> checkpoint.Describe:
+    """What goes into every checkpoint beside its tensors."""
+    said = {"answer_format": config.model.answer_format, "prompts": dict(config.model.prompts)}
+    if config.adapter is not None:
+        said |= {"scope": config.adapter.scope, "base_fingerprint": fingerprint(base)}
+    if config.model.tokenizer:
+        said["tokenizer"] = str(Path(config.model.tokenizer).resolve())
+    return checkpoint.Describe({"stage": Path(config.run_dir).name, **said}, lora, model.config, tokenizer)
+
+
+def describe_start(engine: Engine, world: World, threads: int, from_folder: Path | None) -> str:
+    """The first line of a run's log."""
+    count = sum(getattr(p, "ds_numel", p.numel()) for p in engine.parameters.values())
+    origin = f"resumed from {from_folder}" if from_folder else "from the start"
+    return f"{count:,} trained parameters, {world.size} ranks × {threads} threads ({world.kind}), {origin}"
+
+
+def dump(config: RunConfig) -> str:
+    """The resolved config as YAML."""
+    from dataclasses import asdict
+
+    value = asdict(config)
+    value["train"]["betas"] = list(value["train"]["betas"])
+    return yaml.safe_dump(value, sort_keys=False)
+
+
+def refuse_changes(run_dir: Path, config: RunConfig) -> None:
+    """Raise UserError where `config` would make a resumed run another run."""
+    from cogvlm_hpe.train.command import parse_file
+
+    path = run_dir / CONFIG_FILE
+    if path.is_file():
+        changed = configs.changes(parse_file(path), config)
+        if changed:
+            raise UserError(
+                f"{run_dir}: cannot be resumed exactly with {'; '.join(changed)}; undo it, or give --allow-change"
+            )
