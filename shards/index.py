@@ -1,7 +1,7 @@
 """A shard set on disk: where every sample's bytes are, read by offset, with no pass over the tars.
 
-`index.npz` is stored uncompressed and its members are mapped into memory, so opening a set costs the same for 10^3 samples
-and for 10^8, and the processes of one machine share the pages. Its arrays, N samples with H heads in all:
+`index.npz` is stored uncompressed and its members are mapped into memory, so opening a set costs the same for 10^3
+samples and for 10^8, and the processes of one machine share the pages. Its arrays, N samples with H heads in all:
 
     shard (N,)  image_offset image_size json_offset json_size (N,) bytes in the tar  key (N,)
     n_heads n_objects (N,)  subject (N,) head_subject (H,) numbers of `subjects`, the sorted table of names

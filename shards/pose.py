@@ -28,8 +28,7 @@ def rotation_from_pose(yaw_deg: float | Array, pitch_deg: float | Array, roll_de
     yaw, pitch, roll = np.broadcast_arrays(yaw_deg, pitch_deg, roll_deg)
     triples = np.stack([-pitch, yaw, roll], axis=-1).astype(float)
     matrices = Rotation.from_euler("XYZ", triples.reshape(-1, 3), degrees=True).as_matrix()
-    shaped: Array = matrices.reshape(*triples.shape[:-1], 3, 3)
-    return shaped
+    return matrices.reshape(*triples.shape[:-1], 3, 3)
 
 
 def pose_from_rotation(rotation: Array) -> Array:
@@ -53,8 +52,7 @@ def pose_from_rotation(rotation: Array) -> Array:
 
 def wrap_deg(angle_deg: float | Array) -> Array:
     """Any angle in degrees to (-180, 180]."""
-    wrapped: Array = 180.0 - np.mod(180.0 - np.asarray(angle_deg, dtype=float), 360.0)
-    return wrapped
+    return 180.0 - np.mod(180.0 - np.asarray(angle_deg, dtype=float), 360.0)
 
 
 def geodesic_deg(a: Array, b: Array) -> Array:
@@ -63,8 +61,7 @@ def geodesic_deg(a: Array, b: Array) -> Array:
     2·asin(|A - B|_F / (2·√2)), which equals acos((tr(AᵀB) - 1) / 2) and keeps its digits near zero.
     """
     distance = np.linalg.norm(np.asarray(a) - np.asarray(b), axis=(-2, -1))
-    angle_deg: Array = np.degrees(2.0 * np.arcsin(np.clip(distance / (2.0 * np.sqrt(2.0)), 0.0, 1.0)))
-    return angle_deg
+    return np.degrees(2.0 * np.arcsin(np.clip(distance / (2.0 * np.sqrt(2.0)), 0.0, 1.0)))
 
 
 def is_rotation(matrix: Array, tolerance: float = 1e-4) -> bool:
@@ -77,14 +74,12 @@ def is_rotation(matrix: Array, tolerance: float = 1e-4) -> bool:
 
 def flip_rotation(rotation: Array) -> Array:
     """The pose of a head in the image mirrored left to right: F · M · F, that is (-yaw, pitch, -roll). Exact."""
-    mirrored: Array = _FLIP @ rotation @ _FLIP
-    return mirrored
+    return _FLIP @ rotation @ _FLIP
 
 
 def rotate_rotation(rotation: Array, clockwise_deg: float) -> Array:
     """The pose of a head in the image turned clockwise about its ray: Rz(a) · M (not "roll += a")."""
-    turned: Array = Rotation.from_euler("Z", clockwise_deg, degrees=True).as_matrix() @ rotation
-    return turned
+    return Rotation.from_euler("Z", clockwise_deg, degrees=True).as_matrix() @ rotation
 
 
 def ray_relative(rotation: Array, ray: Array) -> Array:
@@ -98,8 +93,7 @@ def ray_relative(rotation: Array, ray: Array) -> Array:
     sine = np.linalg.norm(axis, axis=-1, keepdims=True)
     angle = np.arctan2(sine, unit[..., 2:3])
     turn = Rotation.from_rotvec((axis / np.maximum(sine, 1e-12) * angle).reshape(-1, 3)).as_matrix()
-    relative: Array = turn.reshape(*unit.shape[:-1], 3, 3) @ rotation
-    return relative
+    return turn.reshape(*unit.shape[:-1], 3, 3) @ rotation
 
 
 def from_3ddfa(rotation: Array) -> Array:
