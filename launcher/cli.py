@@ -1,0 +1,242 @@
+"""`hpe-launch`: starts the other programs on as many ranks as asked, in the way that fits where it runs."""
+
+import argparse
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher import command, world
+from launcher.command import Command
+from launcher.errors import UsageError, run_main
+
+PROGRAM = "hpe-launch"
+_HELP = """\
+Starts the project's programs on many ranks: inside a Slurm allocation with srun; elsewhere training with the
+DeepSpeed launcher, evaluation and shard building with mpirun."""
+_COMMANDS = {
+    "train": "training: config keys in the form --train.lr 1e-4, and --resume, are passed on",
+    "evaluate": "evaluation: every option it does not know is passed on to `cogvlm-hpe evaluate`",
+    "shards": "shard work: every word it does not know is passed on to `hpe-shards` (build, verify, …)",
+    "merge": "the merge job, one process with all CPUs: options are passed on to `cogvlm-hpe merge`",
+    "tensorboard": "TensorBoard on run folders, here or, inside a Slurm job, with the tunnel to type",
+}
+_TRAIN_FLAGS = {"--resume", "--allow-change", "--print_config"}
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the machine and its scheduler offer."""
+
+    cpus: int
+    gpus: int
+    slurm: Mapping[str, str] | None  # the variables of the allocation we are in
+
+    @classmethod
+    def here(cls) -> "Place":
+        """Looks at this machine. Raises UsageError inside a task of srun, which would start ranks of ranks."""
+        slurm = {name: value for name, value in os.environ.items() if name.startswith("SLURM_")}
+        if slurm and int(slurm.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+            raise UsageError(f"{PROGRAM} under srun: it starts the ranks itself; run it once, without srun")
+        cpus = len(os.sched_getaffinity(0))
+        return cls(cpus, command.gpu_count(), slurm if "SLURM_JOB_ID" in slurm else None)
+
+    def ranks(self, default_per_gpu_free: int) -> int:
+        """How many ranks, where the user does not say: Slurm's tasks, or one per GPU, or the given number."""
+        if self.slurm:
+            return int(self.slurm.get("SLURM_NTASKS", "1"))
+        return self.gpus or default_per_gpu_free
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command line; the exit code."""
+    return run_main(PROGRAM, lambda: _main(sys.argv[1:] if argv is None else argv))
+
+
+def _main(argv: list[str]) -> int:
+    arguments, rest = _parse(argv)
+    if arguments.command == "tensorboard":
+        return _tensorboard(arguments, rest)
+    started = build(arguments, rest, Place.here())
+    if arguments.dry_run:
+        print(started.text())
+        return 0
+    from launcher import supervise
+
+    return supervise.run(started, graceful=arguments.command == "train")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=_HELP, allow_abbrev=False)
+    parser.add_argument("--version", action="store_true", help="print the version and leave")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, text in _COMMANDS.items():
+        one = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        if name == "train":
+            one.add_argument("config", metavar="FILE", help="the YAML file of the stage")
+            one.add_argument("--run-dir", metavar="DIR", help="where the run goes (default: run_dir of FILE)")
+        if name == "tensorboard":
+            one.add_argument("runs", metavar="RUN", nargs="+", help="run folders, or a folder that holds some")
+            one.add_argument("--port", type=int, default=6006, help="first port to try (default: 6006)")
+        elif name != "merge":
+            one.add_argument("--nproc", type=int, metavar="N", help="ranks (default: Slurm's tasks, or one per GPU)")
+            one.add_argument("--hostfile", type=Path, metavar="FILE", help="machines, one `host slots=N` a line")
+            one.add_argument("--mpi", metavar="TYPE", default="pmi2", help="srun's --mpi for MPI jobs (default: pmi2)")
+        if name != "tensorboard":
+            one.add_argument("--threads", type=int, metavar="N", help="CPU threads of a rank (default: an equal share)")
+        one.add_argument("--dry-run", action="store_true", help="print the exact command and run nothing")
+    return parser
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    ours, overrides = split_overrides(argv) if argv[:1] == ["train"] else (argv, [])
+    parser = _parser()
+    arguments, unknown = parser.parse_known_args(ours)
+    if arguments.version:
+        from importlib.metadata import version
+
+        print(f"{PROGRAM} {version('cogvlm-hpe')}")
+        raise SystemExit(0)
+    if arguments.command is None:
+        parser.print_help(sys.stderr)
+        raise SystemExit(2)
+    if arguments.command == "train" and unknown:
+        raise UsageError(
+            f"{' '.join(unknown)}: not an option of {PROGRAM} train; config keys look like --train.lr 1e-4"
+        )
+    for name in ("nproc", "threads"):
+        value = getattr(arguments, name, None)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} {value}: at least 1 is needed")
+    return arguments, overrides or unknown
+
+
+def split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Part the training program's own words (`--train.lr 1e-4`, `--train.lr=1e-4`, `--resume`) from hpe-launch's."""
+    ours: list[str] = []
+    theirs: list[str] = []
+    words = iter(argv)
+    for word in words:
+        name = word.partition("=")[0]
+        if name in _TRAIN_FLAGS:
+            theirs.append(word)
+        elif name.startswith("--") and "." in name:
+            value = [] if "=" in word else [next(words, "")]
+            if value and (not value[0] or value[0].startswith("--")):
+                raise UsageError(f"{word}: a config key needs a value, as in {word} 1e-4")
+            theirs += [word, *value]
+        else:
+            ours.append(word)
+    return ours, theirs
+
+
+def build(arguments: argparse.Namespace, rest: list[str], place: Place) -> Command:
+    """The command that carries out the parsed command line at `place`. Raises UserError where a program is missing."""
+    if arguments.command == "merge":
+        env = command.threads_env(arguments.threads or place.cpus)
+        return Command([sys.executable, "-m", "cogvlm_hpe", "merge", *rest], env)
+    module, words = _program(arguments, rest)
+    ranks = arguments.nproc or place.ranks(place.cpus if arguments.command == "shards" else 1)
+    env = {} if arguments.hostfile else command.accelerator_env()
+    if place.slurm:
+        return _with_srun(arguments, module, words, ranks, env, place)
+    nodes = _nodes(arguments.hostfile, ranks, arguments.nproc is not None)
+    threads = arguments.threads or command.threads_per_rank(place.cpus, max(1, ranks // nodes))
+    if arguments.command == "train":
+        return command.deepspeed(
+            module,
+            words,
+            ranks=ranks,
+            port=world.free_port(),
+            threads=threads,
+            env=env,
+            hostfile=arguments.hostfile,
+            nodes=nodes,
+            program=command.find_program("deepspeed", "pip install deepspeed"),
+        )
+    mpirun = command.find_mpirun()
+    return command.mpirun(
+        [sys.executable, "-m", module, *words],
+        ranks=ranks,
+        threads=threads,
+        env=env,
+        flavour=command.mpi_flavour(mpirun),
+        hostfile=arguments.hostfile,
+        nodes=nodes,
+        as_root=os.geteuid() == 0,
+        program=mpirun,
+    )
+
+
+def _program(arguments: argparse.Namespace, rest: list[str]) -> tuple[str, list[str]]:
+    if arguments.command == "shards":
+        return "shards", rest
+    if arguments.command == "evaluate":
+        return "cogvlm_hpe", ["evaluate", *rest]
+    run_dir = ["--run_dir", arguments.run_dir] if arguments.run_dir else []
+    return "cogvlm_hpe", ["train", "--config", arguments.config, *run_dir, *rest]
+
+
+def _with_srun(
+    arguments: argparse.Namespace, module: str, words: list[str], ranks: int, env: dict[str, str], place: Place
+) -> Command:
+    assert place.slurm is not None
+    nodes = int(place.slurm.get("SLURM_JOB_NUM_NODES", "1"))
+    cpus = place.slurm.get("SLURM_CPUS_PER_TASK")
+    threads = arguments.threads or (int(cpus) if cpus else command.threads_per_rank(place.cpus, -(-ranks // nodes)))
+    port = world.free_port(world.slurm_port(int(place.slurm["SLURM_JOB_ID"])))
+    head = os.environ.get("MASTER_ADDR") or _address(
+        world.first_host(place.slurm.get("SLURM_JOB_NODELIST", "localhost"))
+    )
+    return command.srun(
+        [sys.executable, "-m", module, *words],
+        ranks=ranks,
+        nodes=min(nodes, ranks),
+        threads=threads,
+        env=env | {"MASTER_ADDR": head, "MASTER_PORT": os.environ.get("MASTER_PORT") or str(port)},
+        mpi="none" if arguments.command == "train" else arguments.mpi,
+        cpus_per_task=int(cpus) if cpus else None,
+        program=command.find_program("srun", "inside a Slurm job it must be on PATH"),
+    )
+
+
+def _address(node: str) -> str:
+    """Where `node` can be reached; some clusters' node names are known to Slurm only."""
+    try:
+        socket.getaddrinfo(node, None)
+        return node
+    except OSError:
+        said = subprocess.run(["scontrol", "-o", "show", "node", node], capture_output=True, text=True).stdout
+        words = (word.partition("=") for word in said.split())
+        return next((value for name, _, value in words if name == "NodeAddr"), node)
+
+
+def _nodes(hostfile: Path | None, ranks: int, given: bool) -> int:
+    if hostfile is None:
+        return 1
+    if not hostfile.is_file():
+        raise UsageError(f"--hostfile {hostfile}: no such file; write one `host slots=N` a line")
+    if not given:
+        raise UsageError("--hostfile without --nproc: say how many ranks all machines together run")
+    return min(ranks, len(command.hosts(hostfile.read_text())))
+
+
+def _tensorboard(arguments: argparse.Namespace, rest: list[str]) -> int:
+    missing = [run for run in arguments.runs if not Path(run).is_dir()]
+    if missing:
+        raise UsageError(f"{missing[0]}: no such run folder; name one that holds tensorboard/ or runs that do")
+    port = world.free_port(arguments.port)
+    spec = ",".join(f"{Path(run).resolve().name}:{run}" for run in arguments.runs)
+    where = ["--logdir", arguments.runs[0]] if len(arguments.runs) == 1 else ["--logdir_spec", spec]
+    started = Command([sys.executable, "-m", "tensorboard.main", *where, "--port", str(port), *rest])
+    if arguments.dry_run:
+        print(started.text())
+        return 0
+    if "SLURM_JOB_ID" in os.environ:
+        print(f"from your machine: ssh -L {port}:localhost:{port} {socket.gethostname()}", file=sys.stderr)
+    from launcher import supervise
+
+    return supervise.run(started, graceful=False)

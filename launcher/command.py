@@ -1,0 +1,161 @@
+"""The command lines that start ranks: deepspeed, mpirun, srun. Pure functions, but for the look-ups at the end."""
+
+import glob
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from launcher.errors import UserError
+
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class Command:
+    """What to run: `argv`, and `env` to add to the environment.
+
+    `ignores_usr1`: the launcher does not know SIGUSR1 and would die of it; it is started with the signal ignored.
+    """
+
+    argv: list[str]
+    env: dict[str, str] = field(default_factory=dict)
+    ignores_usr1: bool = False
+
+    def text(self) -> str:
+        """As one would type it in a shell."""
+        return shlex.join(["env", *(f"{name}={value}" for name, value in self.env.items()), *self.argv])
+
+
+def threads_env(threads: int) -> dict[str, str]:
+    """Fixes the threads of one rank: speed when ranks share a machine, and sums that come out the same every time."""
+    return dict.fromkeys(_THREAD_VARIABLES, str(threads))
+
+
+def threads_per_rank(cpus: int, ranks_here: int) -> int:
+    """An equal share of a machine's CPUs."""
+    return max(1, cpus // ranks_here)
+
+
+def deepspeed(
+    module: str,
+    arguments: Sequence[str],
+    *,
+    ranks: int,
+    port: int,
+    threads: int,
+    env: dict[str, str],
+    hostfile: Path | None = None,
+    nodes: int = 1,
+    program: str = "deepspeed",
+    python: str = sys.executable,
+) -> Command:
+    """`ranks` ranks through DeepSpeed's launcher: on this machine, or on the first `nodes` machines of `hostfile`.
+
+    Raises UserError if the ranks cannot be spread evenly.
+    """
+    env = threads_env(threads) | env
+    per_node = _even(ranks, nodes)
+    if hostfile is None:
+        here = [program, "--num_gpus", str(ranks), "--master_port", str(port)]
+        return Command([*here, "--module", module, *arguments], env, ignores_usr1=True)
+    there = [program, "--hostfile", str(hostfile), "--num_nodes", str(nodes), "--num_gpus", str(per_node)]
+    # DeepSpeed takes only a few variables to the other machines, so `env` sets ours there, before each rank.
+    ranks_run = ["env", *(f"{name}={value}" for name, value in env.items()), python, "-u", "-m", module]
+    rest = ["--force_multi", "--no_python", "--no_local_rank", *ranks_run, *arguments]
+    return Command([*there, "--master_port", str(port), *rest], env, ignores_usr1=True)
+
+
+def mpirun(
+    arguments: Sequence[str],
+    *,
+    ranks: int,
+    threads: int,
+    env: dict[str, str],
+    flavour: str = "mpich",
+    hostfile: Path | None = None,
+    nodes: int = 1,
+    as_root: bool = False,
+    program: str = "mpirun",
+) -> Command:
+    """`ranks` ranks of `arguments` under mpirun; flavour "mpich" (takes the environment along) or "openmpi" (does not).
+
+    `hostfile` has one `host slots=N` a line. Raises UserError if the ranks cannot be spread evenly.
+    """
+    env = threads_env(threads) | env
+    per_node = _even(ranks, nodes)
+    argv = [program, "-np", str(ranks)]
+    if flavour == "openmpi":
+        argv += ["--oversubscribe"] + ["--allow-run-as-root"] * as_root
+        argv += ["--hostfile", str(hostfile), "-npernode", str(per_node)] if hostfile else []
+        argv += [word for name in env for word in ("-x", name)]
+    elif hostfile:
+        argv += ["-hosts", ",".join(hosts(hostfile.read_text())[:nodes]), "-ppn", str(per_node)]
+    return Command([*argv, *arguments], env)
+
+
+def srun(
+    arguments: Sequence[str],
+    *,
+    ranks: int,
+    nodes: int,
+    threads: int,
+    env: dict[str, str],
+    mpi: str = "none",
+    cpus_per_task: int | None = None,
+    program: str = "srun",
+) -> Command:
+    """`ranks` tasks of `arguments` on `nodes` nodes of the Slurm allocation; `mpi` is "none", "pmi2" or "pmix".
+
+    One task that fails ends all: without that, the others would wait for it until the time limit.
+    """
+    argv = [program, "--nodes", str(nodes), "--ntasks", str(ranks), f"--mpi={mpi}", "--kill-on-bad-exit=1"]
+    if cpus_per_task:  # since Slurm 22.05 a step does not inherit it from the job
+        argv += [f"--cpus-per-task={cpus_per_task}"]
+    return Command([*argv, *arguments], threads_env(threads) | env)
+
+
+def hosts(hostfile: str) -> list[str]:
+    """The machines named in the text of a hostfile (`host slots=N` a line, # starts a comment)."""
+    lines = (line.split("#")[0].split() for line in hostfile.splitlines())
+    return [words[0] for words in lines if words]
+
+
+def find_program(name: str, remedy: str) -> str:
+    """The path of `name` beside this Python, else on PATH. Raises UserError with `remedy`."""
+    beside = Path(sys.executable).with_name(name)
+    found = str(beside) if os.access(beside, os.X_OK) else shutil.which(name)
+    if found is None:
+        raise UserError(f"no {name}: neither beside {sys.executable} nor on PATH; {remedy}")
+    return found
+
+
+def find_mpirun() -> str:
+    """The mpirun that belongs to this environment. Raises UserError where there is none."""
+    return find_program("mpirun", "pip install mpich, or load your cluster's MPI module")
+
+
+def mpi_flavour(mpirun_path: str) -> str:
+    """ "openmpi" or "mpich", as `mpirun --version` says."""
+    said = subprocess.run([mpirun_path, "--version"], capture_output=True, text=True, timeout=30).stdout
+    return "openmpi" if "Open MPI" in said or "OpenRTE" in said else "mpich"
+
+
+def gpu_count() -> int:
+    """NVIDIA GPUs of this machine, without the seconds that importing torch takes."""
+    return len(glob.glob("/dev/nvidia[0-9]*"))
+
+
+def accelerator_env() -> dict[str, str]:
+    """Where there is no GPU, DeepSpeed is told so instead of searching for one."""
+    return {} if gpu_count() or "DS_ACCELERATOR" in os.environ else {"DS_ACCELERATOR": "cpu"}
+
+
+def _even(ranks: int, nodes: int) -> int:
+    if nodes < 1 or ranks < nodes or ranks % nodes:
+        raise UserError(f"{ranks} ranks on {nodes} machines: every machine gets the same number; change --nproc")
+    return ranks // nodes

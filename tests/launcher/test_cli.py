@@ -1,0 +1,100 @@
+"""hpe-launch: which way it takes, and that asking it costs nothing."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launcher import cli
+from launcher.errors import UsageError
+
+NO_SLURM = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+
+
+def launch(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "launcher", *words]
+    return subprocess.run(command, env=NO_SLURM | env, capture_output=True, text=True, timeout=60)
+
+
+def test_train_goes_through_deepspeed() -> None:
+    done = launch(
+        "train", "x.yaml", "--nproc", "2", "--run-dir", "r", "--train.stop_after", "4", "--resume", "--dry-run"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1
+    assert "/deepspeed --num_gpus 2 --master_port " in done.stdout
+    assert done.stdout.endswith("--module cogvlm_hpe train --config x.yaml --run_dir r --train.stop_after 4 --resume\n")
+    assert "OMP_NUM_THREADS=" in done.stdout
+
+
+def test_evaluate_and_shards_go_through_mpirun() -> None:
+    evaluated = launch("evaluate", "--nproc", "2", "--model", "m", "--limit", "3", "--threads", "5", "--dry-run")
+    assert "/mpirun -np 2 " in evaluated.stdout and "OMP_NUM_THREADS=5" in evaluated.stdout
+    assert evaluated.stdout.endswith("-m cogvlm_hpe evaluate --model m --limit 3\n")
+    built = launch("shards", "build", "synthetic", "--out", "o", "--nproc", "3", "--dry-run")
+    assert "/mpirun -np 3 " in built.stdout and built.stdout.endswith("-m shards build synthetic --out o\n")
+
+
+def test_inside_slurm_everything_goes_through_srun(tmp_path: Path) -> None:
+    (tmp_path / "srun").write_text("#!/bin/sh\n")
+    (tmp_path / "srun").chmod(0o755)
+    allocation = {
+        "SLURM_JOB_ID": "77",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_NTASKS": "16",
+        "SLURM_CPUS_PER_TASK": "6",
+        "SLURM_JOB_NODELIST": "localhost",
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+    }
+    trained = launch("train", "x.yaml", "--dry-run", **allocation)
+    assert "srun --nodes 2 --ntasks 16 --mpi=none --kill-on-bad-exit=1 --cpus-per-task=6 " in trained.stdout
+    assert "MASTER_ADDR=localhost" in trained.stdout and "OMP_NUM_THREADS=6" in trained.stdout
+    assert "--mpi=pmi2" in launch("evaluate", "--dry-run", **allocation).stdout
+    inside = launch("train", "x.yaml", "--dry-run", **allocation, SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS="16")
+    assert inside.returncode == 2 and "without srun" in inside.stderr
+
+
+def test_merge_is_one_process() -> None:
+    assert launch("merge", "--base", "b", "--dry-run").stdout.endswith("-m cogvlm_hpe merge --base b\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "x.yaml", "--nprc", "2"], "--nprc 2: not an option"),
+        (["train", "x.yaml", "--train.lr"], "--train.lr: a config key needs a value"),
+        (["shards", "--nproc", "0"], "--nproc 0: at least 1"),
+        (["train", "x.yaml", "--hostfile", "nowhere", "--nproc", "2"], "nowhere: no such file"),
+        (["tensorboard", "nowhere"], "nowhere: no such run folder"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_in_one_line(words: list[str], said: str) -> None:
+    done = launch(*words)
+    assert done.returncode == 2
+    assert said in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_overrides_are_parted_from_our_own_words() -> None:
+    ours, theirs = cli.split_overrides("train --train.lr 1e-4 f.yaml --a.b=c --nproc 2 --resume --t.bias -1".split())
+    assert ours == "train f.yaml --nproc 2".split()
+    assert theirs == "--train.lr 1e-4 --a.b=c --resume --t.bias -1".split()
+    with pytest.raises(UsageError):
+        cli.split_overrides(["train", "--train.lr", "--resume"])
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["evaluate", "--help"]])
+def test_help_imports_nothing_heavy(words: list[str]) -> None:
+    code = f"""
+import sys
+from launcher import cli
+try:
+    cli.main({words})
+except SystemExit as end:
+    assert end.code == 0
+heavy = {{"torch", "deepspeed", "transformers", "mpi4py", "numpy", "rich"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "usage: hpe-launch" in done.stdout, done.stderr

@@ -1,0 +1,103 @@
+"""Command lines for one rank, one node and many nodes."""
+
+from pathlib import Path
+
+import pytest
+
+from launcher import command
+from launcher.command import Command
+from launcher.errors import UserError
+
+TRAIN = ["train", "--config", "x y.yaml"]
+
+
+def words(made: Command, *wanted: str) -> bool:
+    """Whether `wanted` stands in the command line in this order, side by side."""
+    text = "\0".join(made.argv) + "\0"
+    return "\0".join(wanted) + "\0" in text
+
+
+def hostfile(folder: Path, nodes: int) -> Path:
+    path = folder / "hosts"
+    path.write_text("# machines\n" + "".join(f"gpu{i:02d} slots=8\n" for i in range(nodes)))
+    return path
+
+
+@pytest.mark.parametrize("ranks", [1, 8])
+def test_deepspeed_on_one_node_is_the_plain_deepspeed_way(ranks: int) -> None:
+    made = command.deepspeed("cogvlm_hpe", TRAIN, ranks=ranks, port=7, threads=4, env={})
+    assert made.argv == ["deepspeed", "--num_gpus", str(ranks), "--master_port", "7", "--module", "cogvlm_hpe", *TRAIN]
+    assert made.env["OMP_NUM_THREADS"] == made.env["MKL_NUM_THREADS"] == "4"
+
+
+def test_deepspeed_on_64_nodes_takes_the_environment_along(tmp_path: Path) -> None:
+    made = command.deepspeed(
+        "cogvlm_hpe",
+        TRAIN,
+        ranks=512,
+        port=7,
+        threads=4,
+        env={"A": "b"},
+        hostfile=hostfile(tmp_path, 64),
+        nodes=64,
+        python="/venv/bin/python",
+    )
+    assert words(made, "--num_nodes", "64", "--num_gpus", "8", "--master_port", "7")
+    start = made.argv.index("env")
+    assert "OMP_NUM_THREADS=4" in made.argv[start:] and "A=b" in made.argv[start:]
+    assert words(made, "/venv/bin/python", "-u", "-m", "cogvlm_hpe", *TRAIN)
+
+
+@pytest.mark.parametrize(("ranks", "nodes"), [(1, 1), (8, 1), (512, 64)])
+def test_mpirun(ranks: int, nodes: int, tmp_path: Path) -> None:
+    file = hostfile(tmp_path, nodes) if nodes > 1 else None
+    made = command.mpirun(["prog"], ranks=ranks, threads=2, env={"A": "b"}, hostfile=file, nodes=nodes)
+    assert words(made, "mpirun", "-np", str(ranks)) and made.argv[-1] == "prog"
+    assert made.env["OMP_NUM_THREADS"] == "2" and made.env["A"] == "b"
+    assert ("-ppn" in made.argv) == (nodes > 1)
+    if nodes > 1:
+        assert made.argv[made.argv.index("-hosts") + 1].count(",") == 63
+
+
+@pytest.mark.parametrize(("ranks", "nodes"), [(1, 1), (8, 1), (512, 64)])
+def test_openmpi(ranks: int, nodes: int, tmp_path: Path) -> None:
+    file = hostfile(tmp_path, nodes) if nodes > 1 else None
+    made = command.mpirun(
+        ["prog"], ranks=ranks, threads=2, env={"A": "b"}, flavour="openmpi", hostfile=file, nodes=nodes, as_root=True
+    )
+    assert words(made, "--oversubscribe", "--allow-run-as-root")
+    assert words(made, "-x", "OMP_NUM_THREADS") and words(made, "-x", "A")
+    assert words(made, "-npernode", str(ranks // nodes)) == (nodes > 1)
+
+
+@pytest.mark.parametrize(("ranks", "nodes"), [(1, 1), (8, 1), (512, 64)])
+def test_srun(ranks: int, nodes: int) -> None:
+    made = command.srun(["prog"], ranks=ranks, nodes=nodes, threads=7, env={"A": "b"}, mpi="pmi2", cpus_per_task=7)
+    assert words(made, "--nodes", str(nodes), "--ntasks", str(ranks), "--mpi=pmi2")
+    assert "--kill-on-bad-exit=1" in made.argv and "--cpus-per-task=7" in made.argv
+    assert made.env["OMP_NUM_THREADS"] == "7"
+
+
+def test_text_can_be_pasted_into_a_shell() -> None:
+    assert Command(["prog", "x y.yaml"], {"A": "1 2"}).text() == "env 'A=1 2' prog 'x y.yaml'"
+
+
+def test_ranks_that_do_not_spread_evenly_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="9 ranks on 2 machines"):
+        command.mpirun(["prog"], ranks=9, threads=1, env={}, hostfile=hostfile(tmp_path, 2), nodes=2)
+
+
+@pytest.mark.parametrize(("cpus", "ranks", "threads"), [(2, 1, 2), (2, 2, 1), (2, 4, 1), (96, 8, 12), (100, 8, 12)])
+def test_threads_per_rank(cpus: int, ranks: int, threads: int) -> None:
+    assert command.threads_per_rank(cpus, ranks) == threads
+
+
+def test_mpirun_of_this_environment_is_found_and_known() -> None:
+    assert command.mpi_flavour(command.find_mpirun()) in ("mpich", "openmpi")
+
+
+def test_no_mpirun_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match=r"no mpirun: .*pip install mpich"):
+        command.find_mpirun()
