@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from launcher.comm import Comm
     from shards.index import ShardSet
 
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
 PROGRAM = "hpe-shards"
 _MOST_FINDINGS = 50
 _EXAMPLES = """examples:
@@ -61,9 +63,6 @@ class _Version(argparse.Action):
             number = "(not installed)"
         print(f"{PROGRAM} {number}")
         parser.exit()
-
-
-Commands = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def _add_build(commands: "Commands") -> None:

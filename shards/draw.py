@@ -75,7 +75,7 @@ def preview(shard_set: ShardSet, count: int, out: Path) -> int:
         stored = shard_set.read(i)
         try:
             pixels = decode_pixels(stored.image, stored.extension)
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             raise shard_set.sample_error(i, f"the {stored.extension} does not decode ({error})") from None
         tiles.append(draw_record(pixels, shard_set.parse(i, stored.json)))
         titles.append(stored.key)

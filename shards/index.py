@@ -128,7 +128,8 @@ class ShardSet:
         key = self.key(i)
         where = f"{self.path / self.shard_name(i)}, key {key}"
         return SampleError(
-            f"{where}: {what}; run `hpe-shards verify {self.path}`, then copy or build the set again", key
+            f"{where}: {what}; run `hpe-shards verify {self.path}`, then copy the set again, or remove and build it",
+            key,
         )
 
     def _pread(self, i: int, offset: int, count: int) -> bytes:
@@ -141,7 +142,7 @@ class ShardSet:
                 data += more
         except FileNotFoundError:
             raise UserError(
-                f"{path}: the index lists this shard but it is missing; copy or build the set again"
+                f"{path}: the index lists this shard but it is missing; copy the set again, or remove and build it"
             ) from None
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}); check the file system") from None
@@ -185,11 +186,15 @@ def open_set(path: str | Path) -> ShardSet:
         arrays = map_npz(path / INDEX_NPZ) if known else {}
         whole = not known or len(arrays["shard"]) == info["counts"]["samples"]
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, struct.error) as error:
-        raise UserError(f"{path}: its index is damaged ({error}); copy or build the set again") from None
+        raise UserError(f"{path}: its index is damaged ({error}); copy the set again, or remove and build it") from None
     if not known:
-        raise UserError(f"{path}: index format {info['format']!r}, only {FORMAT!r} is read; build the set again")
+        raise UserError(
+            f"{path}: index format {info['format']!r}, only {FORMAT!r} is read; remove the set and build it"
+        )
     if not whole:
-        raise UserError(f"{path}: {INDEX_NPZ} and {INDEX_JSON} are not of one build; copy or build the set again")
+        raise UserError(
+            f"{path}: {INDEX_NPZ} and {INDEX_JSON} are not of one build; copy the set again, or remove and build it"
+        )
     return ShardSet(path, info, arrays)
 
 

@@ -123,7 +123,7 @@ class Reader:
     def _image(self, shard_set: ShardSet, i: int, data: bytes, extension: str, known: Record) -> "torch.Tensor":
         try:
             pixels = decode_pixels(data, extension)
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             raise shard_set.sample_error(i, f"the {extension} does not decode ({error})") from None
         height, width = pixels.shape[:2]
         if (width, height) != (known.image.width, known.image.height):
@@ -239,14 +239,14 @@ class _Sent:
 
 
 def decode_image(data: bytes, extension: str, size_px: int) -> "torch.Tensor":
-    """Encoded image to (3, size_px, size_px) uint8 RGB. Raises ValueError or OSError for bytes that do not decode."""
+    """Encoded image to (3, size_px, size_px) uint8 RGB. Raises ValueError for bytes that do not decode."""
     return resize(decode_pixels(data, extension), size_px)
 
 
 def decode_pixels(data: bytes, extension: str) -> np.ndarray:
     """Encoded image to (H, W, 3) uint8 RGB; JPEG by simplejpeg at full size, others by Pillow.
 
-    Raises ValueError or OSError for bytes that do not decode.
+    Raises ValueError for bytes that do not decode.
     """
     if extension == "jpg":
         import simplejpeg
@@ -258,8 +258,12 @@ def decode_pixels(data: bytes, extension: str) -> np.ndarray:
 
     from PIL import Image
 
-    with Image.open(io.BytesIO(data)) as image:
-        return np.array(image.convert("RGB"))
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return np.array(image.convert("RGB"))
+    except Exception as error:
+        # Damaged bytes make Pillow raise SyntaxError, zlib.error, struct.error, … as well as OSError.
+        raise ValueError(str(error) or type(error).__name__) from None
 
 
 def resize(pixels: np.ndarray, size_px: int) -> "torch.Tensor":

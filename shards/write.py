@@ -111,7 +111,7 @@ def _prepare(out: Path, recipe: dict[str, Any]) -> list[int] | None:
     if (out / INDEX_JSON).exists():
         _check_same(out, recipe, open_set(out).info, "a complete set")
         shutil.rmtree(work, ignore_errors=True)
-        print(f"{out}: complete already, kept as it is")
+        print(f"{out}: complete already, kept; `hpe-shards verify {out}` checks it, remove it to build it again")
         return None
     if work.exists() and (work / _RECIPE).exists():
         _check_same(out, recipe, json.loads((work / _RECIPE).read_text(encoding="utf-8")), "an unfinished build")

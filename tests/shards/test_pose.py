@@ -166,7 +166,9 @@ def test_turning_the_image_turns_the_projected_axes_and_is_not_roll_plus_a() -> 
 
 
 def test_ray_relative_pose_of_a_head_at_the_edge() -> None:
-    facing_along_its_ray = pose.ray_relative(pose.rotation_from_pose(0.0, 0.0, 0.0), np.array([np.tan(np.radians(30)), 0, 1]))
+    facing_along_its_ray = pose.ray_relative(
+        pose.rotation_from_pose(0.0, 0.0, 0.0), np.array([np.tan(np.radians(30)), 0, 1])
+    )
     yaw, pitch, roll = pose.pose_from_rotation(facing_along_its_ray)
     assert yaw == pytest.approx(-30.0) and pitch == pytest.approx(0.0) and roll == pytest.approx(0.0)
     np.testing.assert_allclose(pose.ray_relative(np.eye(3), np.array([0.0, 0.0, 5.0])), np.eye(3))

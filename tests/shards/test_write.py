@@ -1,0 +1,224 @@
+"""Building: the same bytes for any number of ranks, readable by anyone, complete or not there."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_source import TinySource
+
+from launcher.comm import single
+from launcher.errors import UsageError, UserError
+from shards.index import open_set
+from shards.record import from_json
+from shards.write import WORK_FOLDER, Sample, build, pose_histogram
+
+SCRIPT = Path(__file__).with_name("build_ranks.py")
+ROOT = SCRIPT.parents[2]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def over_ranks(ranks: int, out: Path) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PMI_", "SLURM_", "OMPI_"))}
+    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [str(Path(sys.executable).with_name("mpirun")), "-np", str(ranks), sys.executable, str(SCRIPT), str(out)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+def test_two_and_three_ranks_write_the_bytes_of_one(tmp_path: Path) -> None:
+    build(TinySource(samples=43), tmp_path / "one", single(), samples_per_shard=10)
+    alone = digests(tmp_path / "one")
+    assert len(alone) == 5 + 2
+    for ranks in (2, 3):
+        done = over_ranks(ranks, tmp_path / f"of-{ranks}")
+        assert done.returncode == 0, done.stderr
+        assert digests(tmp_path / f"of-{ranks}") == alone
+
+
+@pytest.mark.slow
+def test_a_sample_that_one_rank_cannot_write_ends_all_ranks_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    done = over_ranks(2, tmp_path / "out")
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert len(lines) == 1 and "holds files that are no shard set" in lines[0]
+
+
+def test_a_set_holds_exactly_the_samples_of_the_source(tiny_set: Callable[..., Path]) -> None:
+    shard_set = open_set(tiny_set(samples=23, samples_per_shard=10))
+    source = TinySource(samples=23)
+    assert len(shard_set) == 23
+    for i in range(23):
+        sample, stored = source.sample(i), shard_set.read(i)
+        assert (stored.key, stored.extension, stored.image) == (sample.key, "jpg", sample.image)
+        assert stored.json.decode() == sample.record.to_json()
+    assert [shard["samples"] for shard in shard_set.info["shards"]] == [7, 8, 8]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("extension", ["jpg", "png"])
+def test_plain_webdataset_reads_the_tars(tiny_set: Callable[..., Path], extension: str) -> None:
+    import webdataset
+
+    folder = tiny_set(samples=12, samples_per_shard=5, extension=extension)
+    tars = sorted(map(str, folder.glob("*.tar")))
+    found = list(webdataset.WebDataset(tars, shardshuffle=False))
+    source = TinySource(samples=12, extension=extension)
+    assert [sample["__key__"] for sample in found] == [source.sample(i).key for i in range(12)]
+    assert found[3][extension] == source.sample(3).image
+    assert from_json(found[3]["json"]).to_json() == source.sample(3).record.to_json()
+
+
+def test_index_json_tells_where_the_set_comes_from(tiny_set: Callable[..., Path]) -> None:
+    folder = tiny_set(samples=20, split="val", seed=3)
+    info = json.loads((folder / "index.json").read_text())
+    assert (info["name"], info["split"], info["licence"]) == ("tiny-val", "val", "CC0-1.0")
+    assert info["scope"] == {"seed": 3, "samples": 20, "size_px": 48} and info["convention"] == "hpe-v1"
+    assert info["counts"] | {"bytes": 0} == {
+        "samples": 20,
+        "heads": 30,
+        "objects": 20,
+        "subjects": 7,
+        "shards": 4,
+        "bytes": 0,
+    }
+    for shard in info["shards"]:
+        data = (folder / shard["file"]).read_bytes()
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (shard["bytes"], shard["sha256"])
+    assert [sum(info["poses"][angle]["heads"]) for angle in ("yaw", "pitch", "roll")] == [30, 30, 30]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "index.json",
+        "index.npz",
+        *(f"tiny-val-{k:06d}.tar" for k in range(4)),
+    ]
+
+
+def test_pose_histogram_counts_the_ends() -> None:
+    counts = pose_histogram(np.array([[180.0, 90.0, -179.9], [-165.0, -90.0, 0.0]]))
+    assert counts["yaw"][23] == 1 and counts["yaw"][1] == 1
+    assert counts["pitch"][11] == 1 and counts["pitch"][0] == 1
+    assert counts["roll"][0] == 1 and counts["roll"][12] == 1
+
+
+class Stops(TinySource):
+    """Stops the build in the middle, and counts what was asked of it."""
+
+    def __init__(self, stop_at: int) -> None:
+        super().__init__(samples=20)
+        self.stop_at, self.asked = stop_at, 0
+
+    def sample(self, i: int) -> Sample:
+        if i == self.stop_at:
+            raise KeyboardInterrupt
+        self.asked += 1
+        return super().sample(i)
+
+
+def test_a_stopped_build_is_not_visible_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        build(Stops(13), tmp_path / "set", single(), samples_per_shard=5)
+    with pytest.raises(UserError, match="not a finished shard set"):
+        open_set(tmp_path / "set")
+    again = Stops(-1)
+    build(again, tmp_path / "set", single(), samples_per_shard=5)
+    assert again.asked == 10, "the two finished shards are kept"
+    build(TinySource(samples=20), tmp_path / "whole", single(), samples_per_shard=5)
+    assert digests(tmp_path / "set") == digests(tmp_path / "whole")
+
+
+def test_a_kept_shard_that_was_damaged_is_written_again(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        build(Stops(13), tmp_path / "set", single(), samples_per_shard=5)
+    tar = tmp_path / "set" / "tiny-train-000000.tar"
+    tar.write_bytes(tar.read_bytes()[:-600])
+    again = Stops(-1)
+    build(again, tmp_path / "set", single(), samples_per_shard=5)
+    assert again.asked == 15
+    assert not (tmp_path / "set" / WORK_FOLDER).exists()
+
+
+def test_a_complete_set_is_kept_and_said_to_be(
+    tiny_set: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny_set(samples=20)
+    before = digests(folder)
+    again = Stops(0)
+    build(again, folder, single(), samples_per_shard=5)  # would stop at its first sample
+    assert "complete already" in capsys.readouterr().out
+    assert digests(folder) == before
+
+
+def test_another_set_in_the_folder_is_refused(tiny_set: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tiny_set(samples=20)
+    with pytest.raises(UserError, match='holds a complete set with scope .*"seed": 0.* not .*"seed": 1'):
+        build(TinySource(samples=20, seed=1), folder, single(), samples_per_shard=5)
+    with pytest.raises(UserError, match="samples_per_shard 5, not 6"):
+        build(TinySource(samples=20), folder, single(), samples_per_shard=6)
+    with pytest.raises(KeyboardInterrupt):
+        build(Stops(13), tmp_path / "half", single(), samples_per_shard=5)
+    with pytest.raises(UserError, match="holds an unfinished build with name"):
+        build(TinySource(samples=20, split="test"), tmp_path / "half", single(), samples_per_shard=5)
+
+
+class Spoilt(TinySource):
+    def __init__(self, spoil: Callable[[Sample], Sample]) -> None:
+        super().__init__(samples=8)
+        self._spoil = spoil
+
+    def sample(self, i: int) -> Sample:
+        sample = super().sample(i)
+        return self._spoil(sample) if i == 5 else sample
+
+
+def with_key(key: str) -> Callable[[Sample], Sample]:
+    return lambda sample: Sample(key, sample.image, sample.extension, sample.record)
+
+
+def with_box(box: tuple[float, float, float, float]) -> Callable[[Sample], Sample]:
+    def spoil(sample: Sample) -> Sample:
+        from dataclasses import replace
+
+        head = replace(sample.record.heads[0], bbox=box)
+        return replace(sample, record=replace(sample.record, heads=[head]))
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (with_key("a.b"), "sample 5: key 'a.b'"),
+        (with_key("../up"), "sample 5: key '../up'"),
+        (with_key("k" * 91), "1 to 90 letters"),
+        (with_key("tiny-train-000002"), "key tiny-train-000002 comes 2 times"),
+        (with_box((9.0, 9.0, 3.0, 12.0)), "sample 5, key tiny-train-000005: head 0: box"),
+    ],
+)
+def test_samples_that_cannot_be_stored(tmp_path: Path, spoil: Callable[[Sample], Sample], said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        build(Spoilt(spoil), tmp_path / "set", single(), samples_per_shard=3)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "set" / "index.json").exists()
+
+
+def test_command_lines_that_cannot_be_meant(tmp_path: Path, tiny_source: TinySource) -> None:
+    options: list[tuple[dict[str, Any], str]] = [
+        ({"samples_per_shard": 0}, "0 samples per shard"),
+        ({"name": "a/b"}, "name 'a/b'"),
+    ]
+    for arguments, said in options:
+        with pytest.raises(UsageError, match=said):
+            build(tiny_source, tmp_path / "set", single(), **arguments)
+    with pytest.raises(UserError, match="has no samples"):
+        build(TinySource(samples=0), tmp_path / "set", single())
