@@ -1,0 +1,194 @@
+"""Questions about a batch of images, the model's answers, and what is right or wrong with each.
+
+A row is what becomes one line of predictions.jsonl. A pose is asked of every labelled head that is at least half
+visible; boxes are pixels of the stored image.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cogvlm_hpe import dialogue
+from cogvlm_hpe.dialogue import Task
+from cogvlm_hpe.evaluate import metrics
+from cogvlm_hpe.evaluate.live import Totals
+from cogvlm_hpe.evaluate.reduce import collect
+from cogvlm_hpe.evaluate.summary import ANGLES, Row
+from launcher.comm import Comm
+from launcher.progress import Progress
+from shards.index import ShardSet
+from shards.plan import consecutive_batches
+from shards.record import Head, Object, Record
+from shards.stream import Item, read_all
+
+if TYPE_CHECKING:
+    from cogvlm_hpe.model.load import Loaded
+
+MIN_VISIBLE = 0.5
+_DIGITS = 4
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are made: greedy, at most `max_new_tokens` each, `questions` at a time (this bounds memory)."""
+
+    max_new_tokens: int = 48
+    questions: int = 64
+
+
+def judged_heads(record: Record) -> list[tuple[int, Head]]:
+    """(number, head) of the heads whose pose is asked: truly labelled and at least half visible."""
+    return [(i, head) for i, head in enumerate(record.heads) if head.visible >= MIN_VISIBLE and not head.weak]
+
+
+def questions(key: str, record: Record, tasks: Sequence[Task], notes: dict[str, Any]) -> list[Row]:
+    """One unanswered row per head or expression and task, in a fixed order. `notes` holds the prompts."""
+    rows = []
+    for task in tasks:
+        if task in ("pose", "facing"):
+            rows += [_head_row(key, i, head, task, record, notes) for i, head in judged_heads(record)]
+        else:
+            rows += [_object_row(key, i, thing, task, record, notes) for i, thing in enumerate(record.objects)]
+    return rows
+
+
+def _head_row(key: str, i: int, head: Head, task: Task, record: Record, notes: dict[str, Any]) -> Row:
+    image = record.image
+    box = dialogue.format_box(head.bbox, image.width, image.height)
+    if task == "pose":
+        truth: Any = dict(zip(ANGLES, _rounded(head.pose_deg), strict=True))
+    else:
+        truth = dialogue.facing((-head.matrix[:, 2]).tolist())
+    return {
+        "id": f"{key}/head-{i}",
+        "task": task,
+        "key": key,
+        "box": _rounded(head.bbox),
+        "head_height": round((head.bbox[3] - head.bbox[1]) / image.height, _DIGITS),
+        "question": dialogue.ask(task, notes["prompts"], box=box),
+        "truth": truth,
+    }
+
+
+def _object_row(key: str, i: int, thing: Object, task: Task, record: Record, notes: dict[str, Any]) -> Row:
+    image = record.image
+    box = dialogue.format_box(thing.bbox, image.width, image.height)
+    return {
+        "id": f"{key}/object-{i}",
+        "task": task,
+        "key": key,
+        "box": _rounded(thing.bbox),
+        "size": [image.width, image.height],
+        "question": dialogue.ask(task, notes["prompts"], box=box, expression=thing.expression),
+        "truth": _rounded(thing.bbox) if task == "where" else thing.expression,
+    }
+
+
+def judge(row: Row, text: str, answer_format: dialogue.AnswerFormat) -> Row:
+    """The row with the answer: its text, which format it has, what was read from it, and its errors.
+
+    Errors are null where there is nothing to measure: a pose question answered by anything but a valid pose, a box
+    question by anything but valid boxes (the first one counts).
+    """
+    parsed = dialogue.parse(text, answer_format)
+    value: Any = None
+    errors: dict[str, Any] | None = None
+    if row["task"] == "pose" and parsed.pose_deg is not None:
+        value = dict(zip(ANGLES, parsed.pose_deg, strict=True))
+        errors = _pose_errors(parsed.pose_deg, [row["truth"][angle] for angle in ANGLES])
+    elif row["task"] == "where" and parsed.boxes:
+        sides = np.array([*row["size"], *row["size"]], dtype=float)
+        value = [_rounded(np.array(box) * sides) for box in parsed.boxes]
+        errors = {"iou": round(float(metrics.iou(np.array(value[0]), np.array(row["truth"]))), _DIGITS)}
+    elif row["task"] in ("what", "facing"):
+        value = " ".join(text.split())
+        errors = {"exact": value == row["truth"]}
+    return row | {"text": text, "kind": parsed.kind, "parsed": value, "errors": errors}
+
+
+def _pose_errors(predicted: Sequence[float], truth: Sequence[float]) -> dict[str, float]:
+    pair = np.array([predicted], dtype=float), np.array([truth], dtype=float)
+    angles = _rounded(metrics.angle_errors_deg(*pair)[0])
+    return {
+        "geodesic": round(float(metrics.geodesic_errors_deg(*pair)[0]), _DIGITS),
+        **dict(zip(ANGLES, angles, strict=True)),
+    }
+
+
+def decode_batch(loaded: "Loaded", items: Sequence[Item], tasks: Sequence[Task], decoding: Decoding) -> list[Row]:
+    """All rows of a batch, answered and judged, images in order."""
+    import torch
+
+    from cogvlm_hpe.train.batch import normalise
+
+    asked = [
+        (number, row)
+        for number, item in enumerate(items)
+        if item.record is not None
+        for row in questions(item.key, item.record, tasks, loaded.notes)
+    ]
+    weight = next(loaded.model.parameters())
+    rows: list[Row] = []
+    for start in range(0, len(asked), decoding.questions):
+        part = asked[start : start + decoding.questions]
+        needed = sorted({number for number, _ in part})
+        pixels = torch.stack([items[number].image for number in needed])
+        texts = answer_texts(
+            loaded,
+            normalise(pixels).to(weight.device, weight.dtype),
+            [needed.index(number) for number, _ in part],
+            [row["question"] for _, row in part],
+            decoding.max_new_tokens,
+        )
+        rows += [judge(row, text, loaded.notes["answer_format"]) for (_, row), text in zip(part, texts, strict=True)]
+    return rows
+
+
+def decode_set(
+    loaded: "Loaded",
+    shard_set: ShardSet,
+    comm: Comm,
+    tasks: Sequence[Task],
+    decoding: Decoding,
+    *,
+    batch: int,
+    limit: int | None = None,
+    workers: int = 0,
+    description: str = "evaluate",
+) -> tuple[list[Row] | None, int]:
+    """All ranks. (rows in key order on rank 0, None elsewhere; images judged). Batches are dealt round-robin.
+
+    A batch is the same images on any number of ranks, so its answers are the same numbers.
+    """
+    n_images = min(len(shard_set), limit or len(shard_set))
+    n_batches = len(consecutive_batches(n_images, batch))
+    mine = read_all(
+        shard_set, comm.rank, comm.size, batch, loaded.model.config.vision_config["image_size"], workers, limit
+    )
+    parts, totals = [], Totals()
+    with Progress(comm).bar(description, n_images) as bar:
+        for _ in range(-(-n_batches // comm.size)):
+            number, items = next(mine, (None, []))
+            if number is not None:
+                rows = decode_batch(loaded, items, tasks, decoding)
+                parts.append((number, rows))
+                totals.add(rows, len(items))
+            bar.advance(totals.reduce(comm))
+            bar.update(totals.text())
+    return collect(parts, n_batches, comm), n_images
+
+
+def answer_texts(
+    loaded: "Loaded", pixel_values: Any, image_index: Sequence[int], texts: Sequence[str], max_new_tokens: int
+) -> list[str]:
+    """Greedy answers to `texts`; `pixel_values` (I, 3, S, S) normalised, `image_index[r]` the image of question r."""
+    tokenizer = loaded.tokenizer
+    prompts = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+    answers = loaded.model.answer(pixel_values, image_index, prompts, max_new_tokens)
+    return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
+
+
+def _rounded(values: Any) -> list[float]:
+    return [round(float(value), _DIGITS) + 0.0 for value in values]

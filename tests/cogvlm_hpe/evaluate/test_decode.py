@@ -1,0 +1,103 @@
+"""Which questions are asked, and what is read from any answer."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cogvlm_hpe import dialogue
+from cogvlm_hpe.evaluate import decode
+from shards import pose
+from shards.record import Head, Image, Object, Record
+
+NOTES = {"prompts": dict(dialogue.DEFAULT_PROMPTS), "answer_format": "offset"}
+
+
+def head(yaw: float, **more: object) -> Head:
+    return Head((10.0, 20.0, 30.0, 50.0), tuple(pose.rotation_from_pose(yaw, 10.0, -20.0).flat), **more)
+
+
+RECORD = Record(
+    Image(200, 100, "s", "0", "p"),
+    [head(0.0), head(40.0, visible=0.4), head(80.0, weak=True), head(120.0, visible=0.5)],
+    [Object("red ball", (50.0, 10.0, 90.0, 60.0))],
+)
+
+
+def test_weak_and_hidden_heads_are_not_asked_and_numbers_are_those_of_the_record() -> None:
+    rows = decode.questions("k", RECORD, ["pose", "facing"], NOTES)
+    assert [(row["task"], row["id"]) for row in rows] == [
+        ("pose", "k/head-0"),
+        ("pose", "k/head-3"),
+        ("facing", "k/head-0"),
+        ("facing", "k/head-3"),
+    ]
+    assert rows[1]["truth"] == {"yaw": 120.0, "pitch": 10.0, "roll": -20.0}
+    assert rows[0]["question"] == "What is the pose of the head at [[050,200,150,500]]?"
+    assert rows[0]["head_height"] == 0.3
+    assert rows[2]["truth"] == "front"  # pitch 10: within the slope that counts as level
+
+
+def test_objects_are_asked_both_ways() -> None:
+    where, what = decode.questions("k", RECORD, ["where", "what"], NOTES)
+    assert where["question"] == "Where is the red ball?" and where["truth"] == [50.0, 10.0, 90.0, 60.0]
+    assert what["question"] == "What is at [[250,100,450,600]]?" and what["truth"] == "red ball"
+
+
+@given(st.floats(-180, 180), st.floats(-89, 89), st.floats(-180, 180))
+def test_a_right_answer_has_only_rounding_error(yaw: float, pitch: float, roll: float) -> None:
+    row = {"task": "pose", "truth": {"yaw": yaw, "pitch": pitch, "roll": roll}}
+    got = decode.judge(row, dialogue.format_pose(yaw, pitch, roll), "offset")
+    assert got["kind"] == "pose"
+    assert all(got["errors"][angle] <= 0.5001 for angle in ("yaw", "pitch", "roll"))
+    assert got["errors"]["geodesic"] <= 1.51
+
+
+def test_a_right_box_overlaps_almost_wholly() -> None:
+    where, _ = decode.questions("k", RECORD, ["where", "what"], NOTES)
+    got = decode.judge(where, dialogue.format_box(RECORD.objects[0].bbox, 200, 100), "offset")
+    assert got["errors"]["iou"] > 0.99 and got["parsed"] == [[50.0, 10.0, 90.0, 60.0]]
+
+
+def test_the_first_of_several_boxes_counts() -> None:
+    where, _ = decode.questions("k", RECORD, ["where", "what"], NOTES)
+    got = decode.judge(where, "[[000,000,100,100;250,100,450,600]]", "offset")
+    assert got["errors"]["iou"] == 0.0 and len(got["parsed"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [("{{090,090,180}} [[1,2,3,4]]", "blended"), ("[[100,100,200,200]]", "box"), ("left", "other"), ("", "other")],
+)
+def test_a_pose_answer_in_another_format_has_no_errors_to_average(text: str, kind: str) -> None:
+    row = decode.questions("k", RECORD, ["pose"], NOTES)[0]
+    got = decode.judge(row, text, "offset")
+    assert (got["kind"], got["parsed"], got["errors"], got["text"]) == (kind, None, None, text)
+
+
+@given(st.text(max_size=40), st.sampled_from(dialogue.TASKS))
+def test_any_text_is_judged_and_can_be_stored(text: str, task: str) -> None:
+    for row in decode.questions("k", RECORD, [task], NOTES):
+        got = decode.judge(row, text, "offset")
+        assert got["kind"] in ("pose", "box", "blended", "other")
+        assert json.loads(json.dumps(got, allow_nan=False))["errors"] == got["errors"]
+
+
+def test_words_must_match_exactly_but_for_spaces() -> None:
+    _, what = decode.questions("k", RECORD, ["where", "what"], NOTES)
+    assert decode.judge(what, " red  ball ", "offset")["errors"] == {"exact": True}
+    assert decode.judge(what, "Red ball", "offset")["errors"] == {"exact": False}
+
+
+def test_signed_answers_are_read_where_the_adapter_says_so() -> None:
+    row = decode.questions("k", RECORD, ["pose"], NOTES)[0]
+    assert decode.judge(row, "{{-90,10,-20}}", "signed")["parsed"] == {"yaw": -90.0, "pitch": 10.0, "roll": -20.0}
+    assert decode.judge(row, "{{-90,10,-20}}", "offset")["parsed"] is None
+
+
+def test_errors_are_rounded_the_same_way_everywhere() -> None:
+    row = decode.questions("k", RECORD, ["pose"], NOTES)[0]
+    value = decode.judge(row, "{{181,101,161}}", "offset")["errors"]["geodesic"]
+    assert value == round(value, 4) and np.isfinite(value)
