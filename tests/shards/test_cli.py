@@ -1,0 +1,139 @@
+"""hpe-shards as its users start it."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny_source import TinySource
+
+from shards import sources
+from shards.cli import main, set_and_ratio
+
+ROOT = Path(__file__).parents[2]
+
+
+def program(*arguments: str) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PMI_", "SLURM_", "OMPI_"))}
+    command = [sys.executable, "-m", "shards", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def tiny_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`hpe-shards build tiny --samples N`."""
+
+    def add_arguments(parser: "sources.argparse.ArgumentParser") -> None:
+        parser.add_argument("--samples", type=int, default=12)
+
+    entry = (add_arguments, lambda options: TinySource(options.samples))
+    monkeypatch.setitem(sources.SOURCES, "tiny", entry)
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["build"], ["build", "synthetic"], ["verify"], ["info"], ["preview"], ["order"]]
+)
+def test_help_imports_nothing_heavy(command: list[str]) -> None:
+    heavy = ("torch", "numpy", "scipy", "rich", "PIL", "webdataset", "mpi4py", "numba")
+    code = f"""
+import sys
+from shards.cli import main
+try:
+    main({[*command, "--help"]!r})
+except SystemExit as end:
+    assert end.code == 0
+loaded = [name for name in {heavy!r} if name in sys.modules]
+assert not loaded, loaded
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "usage: hpe-shards" in done.stdout
+
+
+def test_version_and_usage_errors() -> None:
+    version = program("--version")
+    assert version.returncode == 0 and version.stdout.startswith("hpe-shards ")
+    for wrong in ([], ["bake"], ["build", "synthetic"], ["verify"]):
+        done = program(*wrong)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+def test_user_errors_are_one_line_and_exit_1(tmp_path: Path) -> None:
+    for command in ("verify", "info", "preview", "order"):
+        done = program(command, str(tmp_path / "nowhere"))
+        assert done.returncode == 1
+        assert done.stderr.startswith("hpe-shards: error: ") and done.stderr.count("\n") == 1
+        assert "no such folder" in done.stderr
+
+
+def test_build_verify_info_preview(
+    tmp_path: Path, tiny_command: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main("build tiny --samples 9 --out set --name small --samples-per-shard 4".split()) == 0
+    assert sorted(path.name for path in Path("set").glob("*.tar")) == [f"small-00000{k}.tar" for k in range(3)]
+    assert main(["verify", "set"]) == 0
+    assert "set: good (every byte checked)" in capsys.readouterr().out
+    assert main(["verify", "set", "--fast"]) == 0
+    assert main(["info", "set"]) == 0
+    said = capsys.readouterr().out
+    assert "CC0-1.0" in said and "heads by yaw" in said and "█" in said
+    assert main(["preview", "set", "--count", "4"]) == 0
+    assert Path("set-preview.png").is_file()
+    Path("set/small-000001.tar").unlink()
+    assert main(["verify", "set"]) == 1
+    assert "small-000001.tar: missing" in capsys.readouterr().out
+
+
+def test_findings_beyond_fifty_are_counted(tiny_set: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tiny_set(samples=60, samples_per_shard=60)
+    tar = folder / "tiny-train-000000.tar"
+    tar.write_bytes(tar.read_bytes()[:600])
+    assert main(["verify", str(folder)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 52 and lines[50] == "… and 12 more"
+
+
+def order(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
+    assert main(["order", *arguments]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.slow
+def test_order_does_not_depend_on_ranks_and_workers(
+    tiny_set: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    mix = [f"{tiny_set(samples=20)}:0.75", f"{tiny_set(samples=6, split='more')}:0.25"]
+    common = [*mix, "--seed", "3", "--batch", "8"]
+    lines = order(capsys, *common, "--count", "6")
+    assert len(lines) == 6 and all(len(line.split()) == 8 for line in lines)
+    assert all(sum("more" in key for key in line.split()) == 2 for line in lines)
+    assert order(capsys, *common, "--from", "2", "--count", "4", "--world", "4") == lines[2:]
+    assert order(capsys, *common, "--count", "3", "--world", "2", "--workers", "2") == lines[:3]
+    assert order(capsys, *mix, "--seed", "4", "--batch", "8", "--count", "6") != lines
+
+
+def test_order_refuses_what_cannot_be_meant(tiny_set: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(tiny_set())
+    wrong = [
+        (["--batch", "6", "--world", "4"], "batch 6: must be a multiple of the 4 ranks"),
+        (["--count", "-1"], "--count -1: must be at least 0"),
+        (["--from", "-1"], "--from -1: must be at least 0"),
+        (["--world", "0"], "--world 0: must be at least 1"),
+    ]
+    for flags, said in wrong:
+        assert main(["order", folder, *flags]) == 2
+        assert said in capsys.readouterr().err
+    assert main(["order", f"{folder}:often"]) == 2
+    assert "expected DIR or DIR:RATIO" in capsys.readouterr().err
+
+
+def test_folders_with_and_without_ratio(tmp_path: Path) -> None:
+    odd = tmp_path / "run:3"
+    odd.mkdir()
+    assert set_and_ratio("data/a:0.25") == (Path("data/a"), 0.25)
+    assert set_and_ratio("data/a") == (Path("data/a"), 1.0)
+    assert set_and_ratio(str(odd)) == (odd, 1.0)
+    assert set_and_ratio(f"{odd}:2") == (odd, 2.0)

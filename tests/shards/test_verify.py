@@ -1,0 +1,152 @@
+"""verify finds each kind of damage, and people who are in two splits."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_source import TinySource
+
+from launcher.comm import single
+from launcher.errors import UserError
+from shards.index import open_set
+from shards.verify import verify
+from shards.write import Sample, build
+
+
+def findings(*folders: Path, fast: bool = False) -> str:
+    return "\n".join(verify(folders, single(), fast))
+
+
+@pytest.mark.parametrize("extension", ["jpg", "png"])
+def test_a_good_set_has_no_findings(tiny_set: Callable[..., Path], extension: str) -> None:
+    folder = tiny_set(samples=13, extension=extension)
+    assert findings(folder) == "" and findings(folder, fast=True) == ""
+
+
+def test_a_missing_set_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        verify([tmp_path / "nowhere"], single())
+
+
+def test_one_changed_byte_is_found_by_its_hash(tiny_set: Callable[..., Path]) -> None:
+    folder = tiny_set(samples=13)
+    tar = folder / "tiny-train-000001.tar"
+    data = bytearray(tar.read_bytes())
+    data[-1] ^= 1  # padding after the last member: no sample is touched
+    tar.write_bytes(data)
+    assert findings(folder) == f"{tar}: sha256 differs from the index: the bytes have changed since it was built"
+    assert findings(folder, fast=True) == ""
+
+
+def test_a_cut_tar(tiny_set: Callable[..., Path]) -> None:
+    folder = tiny_set(samples=13)
+    tar = folder / "tiny-train-000001.tar"
+    size = tar.stat().st_size
+    tar.write_bytes(tar.read_bytes()[:3000])
+    assert findings(folder, fast=True) == f"{tar}: 3000 bytes, {size} were written"
+    assert "the tar ends at byte 3000" in findings(folder)
+
+
+def test_a_missing_tar_and_a_stranger(tiny_set: Callable[..., Path]) -> None:
+    folder = tiny_set(samples=13)
+    (folder / "tiny-train-000001.tar").rename(folder / "other.tar")
+    for fast in (True, False):
+        said = findings(folder, fast=fast)
+        assert f"{folder / 'tiny-train-000001.tar'}: missing" in said
+        assert f"{folder / 'other.tar'}: a tar that the index does not list" in said
+
+
+def test_two_exchanged_tars(tiny_set: Callable[..., Path]) -> None:
+    folder = tiny_set(samples=10)
+    one, two = sorted(folder.glob("*.tar"))
+    first, second = one.read_bytes(), two.read_bytes()
+    one.write_bytes(second)
+    two.write_bytes(first)
+    said = findings(folder)
+    assert f"{one}: its members are not two files for each of the 5 keys" in said
+    assert "other bytes there than the index says" in said
+
+
+class Changed(TinySource):
+    """Sample 3 is not what a source should give."""
+
+    def __init__(self, change: Callable[[Sample], Sample]) -> None:
+        super().__init__(samples=10)
+        self._change = change
+
+    def sample(self, i: int) -> Sample:
+        sample = super().sample(i)
+        return self._change(sample) if i == 3 else sample
+
+
+def no_image(sample: Sample) -> Sample:
+    return replace(sample, image=b"no image")
+
+
+def other_size(sample: Sample) -> Sample:
+    record = replace(sample.record, image=replace(sample.record.image, width=50))
+    return replace(sample, record=record)
+
+
+def box_outside(sample: Sample) -> Sample:
+    head = replace(sample.record.heads[0], bbox=(20.0, 5.0, 60.0, 30.0))
+    return replace(sample, record=replace(sample.record, heads=[head]))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (no_image, "the jpg does not decode"),
+        (other_size, "the image is 48x36, its record says 50x36"),
+        (box_outside, "head 0: box reaches 12.0 px outside the image"),
+    ],
+)
+def test_samples_that_are_wrong_from_the_start(tmp_path: Path, change: Callable[[Sample], Sample], said: str) -> None:
+    build(Changed(change), tmp_path / "set", single(), samples_per_shard=5)
+    found = verify([tmp_path / "set"], single())
+    assert len(found) == 1 and "tiny-train-000000.tar, key tiny-train-000003: " in found[0] and said in found[0]
+
+
+def test_an_index_that_lies(tiny_set: Callable[..., Path]) -> None:
+    folder = tiny_set(samples=10)
+    arrays = dict(np.load(folder / "index.npz"))
+    arrays["key"][4] = arrays["key"][5]
+    arrays["n_heads"][2] = 3
+    arrays["image_offset"][7] = 10**9
+    np.savez(folder / "index.npz", **arrays)
+    info = json.loads((folder / "index.json").read_text())
+    info["shards"][0]["samples"] = 6
+    (folder / "index.json").write_text(json.dumps(info))
+    said = findings(folder)
+    assert "key tiny-train-000005: comes more than once" in said
+    assert "index.json counts 15 heads, there are 17" in said
+    assert "key tiny-train-000007: the index puts its image outside the tar" in said
+    assert "index.json says 6 samples, index.npz 5" in said
+    assert "1 heads and 1 objects, the index says 3 and 1" in said
+
+
+def test_a_histogram_that_is_not_that_of_the_records(tiny_set: Callable[..., Path]) -> None:
+    folder = tiny_set(samples=10)
+    info = json.loads((folder / "index.json").read_text())
+    info["poses"]["yaw"]["heads"][0] += 1
+    (folder / "index.json").write_text(json.dumps(info))
+    assert findings(folder) == f"{folder}: the histogram of yaw in index.json is not that of the records"
+
+
+def test_subjects_in_two_splits_are_a_leak(tmp_path: Path, tiny_set: Callable[..., Path]) -> None:
+    class Leaky(TinySource):
+        def sample(self, i: int) -> Sample:
+            sample = TinySource(samples=10, split="train").sample(i)
+            return replace(sample, key=f"leaky-{i}")
+
+    train, more = tiny_set(samples=10), tiny_set(samples=12)
+    build(Leaky(samples=10, split="test"), tmp_path / "test", single())
+    for fast in (True, False):
+        said = findings(train, tmp_path / "test", fast=fast)
+        assert said.startswith(f"{train} (train) and {tmp_path / 'test'} (test): share 7 subjects: train-0-0, ")
+    assert findings(train, more) == "", "two sets of one split may share"
+    assert findings(train, tiny_set(samples=10, split="test")) == ""
+    assert open_set(train).subjects() & open_set(tmp_path / "test").subjects()
