@@ -105,7 +105,9 @@ def test_damaged_indexes(tiny_set: Callable[..., Path]) -> None:
         open_set(folder)
 
 
-def test_a_truncated_tar_names_shard_key_and_remedy_and_keeps_what_is_before_the_cut(tiny_set: Callable[..., Path]) -> None:
+def test_a_truncated_tar_names_shard_key_and_remedy_and_keeps_what_is_before_the_cut(
+    tiny_set: Callable[..., Path],
+) -> None:
     folder = tiny_set(samples=10)
     shard_set = open_set(folder)
     tar = folder / shard_set.shard_name(7)
