@@ -1,0 +1,56 @@
+# make help lists what can be asked for. PYTHON chooses the interpreter that .venv is made with.
+PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
+BIN := .venv/bin
+# One step after the other: pip must not write one .venv twice at a time.
+.NOTPARALLEL:
+
+.PHONY: help demo test test-slurm lint bench clean
+
+help:
+	@echo "make demo        data, training, merge and evaluation in the small; leaves runs/demo/report.html"
+	@echo "make test        format, lint, types and all tests that need no Slurm"
+	@echo "make test-slurm  the batch scripts on a private Slurm of this machine (installs it when run as root)"
+	@echo "make lint        format, lint and types only"
+	@echo "make bench       ours beside the alternatives"
+	@echo "make clean       removes .venv; runs/ stays"
+
+demo: .venv/installed
+	$(BIN)/cogvlm-hpe demo
+
+test: lint
+	$(BIN)/python -m pytest -m "not slurm"
+
+lint: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test-slurm: .venv/installed-test
+	tests/slurm/install.sh
+	$(BIN)/python -m pytest -m slurm
+
+bench: .venv/installed-bench
+	for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+clean:
+	rm -rf .venv
+
+# The stamps: nothing is installed, and no network is used, until setup.cfg or constraints.txt change.
+.venv/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "$(PYTHON): Python 3.11 or newer is needed; name one with: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "== .venv from $$($(PYTHON) --version)"
+	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv/installed: .venv/python setup.cfg constraints.txt
+	@echo "== torch (the largest download)"
+	$(BIN)/python -m pip install --progress-bar off -c constraints.txt torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	@echo "== everything else"
+	$(BIN)/python -m pip install --progress-bar off -c constraints.txt -e .
+	touch $@
+
+.venv/installed-%: .venv/installed
+	@echo "== what '$*' needs besides"
+	$(BIN)/python -m pip install --progress-bar off -c constraints.txt -e ".[$*]"
+	touch $@
