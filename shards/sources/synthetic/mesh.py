@@ -9,6 +9,7 @@ from shards.sources.synthetic.surface import PLAIN
 
 Array = np.ndarray
 
+
 @dataclass(frozen=True)
 class Mesh:
     """N vertices, M triangles; float32 and int32 throughout.
@@ -96,7 +97,9 @@ def grid_faces(rows: int, columns: int, wrap: bool) -> Array:
     width = columns if wrap else columns - 1
     row, column = (index.ravel() for index in np.meshgrid(np.arange(rows - 1), np.arange(width), indexing="ij"))
     a, b = row * columns + column, row * columns + (column + 1) % columns
-    return np.concatenate([np.stack([a, b, a + columns], 1), np.stack([b, b + columns, a + columns], 1)]).astype(np.int32)
+    return np.concatenate([np.stack([a, b, a + columns], 1), np.stack([b, b + columns, a + columns], 1)]).astype(
+        np.int32
+    )
 
 
 def sphere(rows: int = 13, columns: int = 18) -> tuple[Array, Array]:

@@ -1,0 +1,287 @@
+"""Lays out a scene: who and what is where, seen by which camera; all drawn from one seed."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from shards import pose
+from shards.sources.synthetic import solids
+from shards.sources.synthetic.domains import GROUP, Domain, identities
+from shards.sources.synthetic.mesh import Mesh
+from shards.sources.synthetic.raster import Batch, Visibility, see
+from shards.sources.synthetic.words import COLOURS, Box
+
+Array = np.ndarray
+Rng = np.random.Generator
+
+HEAD_HEIGHT_M = 0.235
+REFERENCE_PX = 112
+_HEAD_COUNTS, _HEAD_ODDS = (1, 2, 3), (0.35, 0.40, 0.25)
+_HEAD_PX = {1: (40.0, 62.0), 2: (36.0, 54.0), 3: (34.0, 43.0), 4: (28.0, 34.0)}
+_SOLID_PX = (14.0, 34.0)
+_MANY_HEADS_PX = 224
+_LAYOUTS = 10
+_GOOD_HEAD, _GOOD_SOLID = 0.65, 0.5
+_PIVOT = np.array([0.0, -0.085, -0.035])
+_MAX_ROLL_DEG = 90.0
+
+
+@dataclass(frozen=True)
+class PlacedHead:
+    """A posed head: rotation is M (3, 3); box: its vertices' projection, clipped to the image, in pixels."""
+
+    subject: str
+    rotation: Array
+    box: Box
+    visible: float = 0.0
+
+
+@dataclass(frozen=True)
+class PlacedSolid:
+    """A solid; box: where it can be seen, in pixels; None where it cannot."""
+
+    name: str
+    box: Box | None = None
+    visible: float = 0.0
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Everything needed to shade the picture and to label it."""
+
+    group: str
+    focal_px: float
+    heads: list[PlacedHead]
+    solids: list[PlacedSolid]
+    batch: Batch
+    seen: Visibility
+
+    @property
+    def quality(self) -> float:
+        """How well the worst seen thing is seen, 1 where all is well."""
+        heads = [head.visible / _GOOD_HEAD for head in self.heads]
+        return min([1.0, *heads, *(solid.visible / _GOOD_SOLID for solid in self.solids)])
+
+
+@dataclass(frozen=True)
+class _Spot:
+    x: float
+    y: float
+    px: float
+
+
+def compose(domain: Domain, split: str, rng: Rng, size_px: int, load: "HeadLoader") -> Scene:
+    """A scene of `split`: the first layout in which everything can be seen well, or the best of a few."""
+    subjects = identities(domain, split)
+    first = int(rng.integers(len(subjects) // GROUP)) * GROUP
+    group = f"{domain.name}-{split}-group{first // GROUP:03d}"
+    count = 4 if size_px >= _MANY_HEADS_PX and rng.random() < 0.15 else int(rng.choice(_HEAD_COUNTS, p=_HEAD_ODDS))
+    chosen = [subjects[first + k] for k in rng.choice(GROUP, count, replace=False)]
+    half_view = np.radians(rng.uniform(*domain.hfov_deg)) / 2
+    focal_px = size_px / 2 / float(np.tan(half_view))
+    camera_pitch_deg = float(np.clip(rng.normal(*domain.camera_pitch_deg), -50, 40))
+    meshes = [load(domain, subject) for subject in chosen]
+    things = _choose_solids(domain, rng)
+    best: Scene | None = None
+    for _ in range(_LAYOUTS):
+        scene = _layout(chosen, meshes, things, focal_px, camera_pitch_deg, rng, size_px)
+        scene = replace(scene, group=group)
+        if best is None or scene.quality > best.quality:
+            best = scene
+        if best.quality >= 1.0:
+            break
+    assert best is not None
+    return best
+
+
+class HeadLoader:
+    """Makes heads by subject and keeps the last few hundred (a head is about 0.5 MB)."""
+
+    def __init__(self, capacity: int = 512) -> None:
+        self._capacity = capacity
+        self._heads: dict[str, Mesh] = {}
+
+    def __call__(self, domain: Domain, subject: str) -> Mesh:
+        """The head mesh of `subject`."""
+        mesh = self._heads.pop(subject, None)
+        if mesh is None:
+            mesh = domain.make_head(subject, domain.name)
+            if len(self._heads) >= self._capacity:
+                self._heads.pop(next(iter(self._heads)))
+        self._heads[subject] = mesh
+        return mesh
+
+
+def _choose_solids(domain: Domain, rng: Rng) -> list[tuple[str, str]]:
+    pairs = [(colour, shape) for colour in COLOURS for shape in domain.shapes]
+    count = int(rng.integers(1, 5))
+    return [pairs[k] for k in rng.choice(len(pairs), count, replace=False)]
+
+
+def sample_rotations(rng: Rng, camera_pitch_deg: float) -> tuple[Array, Array]:
+    """M of a head and of the bust below it: heading, nod and tilt in the room, then the camera's pitch.
+
+    Heads whose canonical |roll| would reach 90 degrees are drawn again.
+    """
+    while True:
+        heading_deg, turn_deg = rng.uniform(-180, 180), np.clip(rng.normal(0, 22), -50, 50)
+        room = pose.rotation_from_pose(0.0, rng.normal(0, 14), rng.normal(0, 9))
+        head = pose.rotation_from_pose(heading_deg, camera_pitch_deg, 0.0) @ room
+        if abs(pose.pose_from_rotation(head)[2]) < _MAX_ROLL_DEG:
+            break
+    lean = pose.rotation_from_pose(0.0, rng.normal(0, 3), rng.normal(0, 3))
+    return head, pose.rotation_from_pose(heading_deg + turn_deg, camera_pitch_deg, 0.0) @ lean
+
+
+def _layout(
+    subjects: list[str],
+    meshes: list[Mesh],
+    things: list[tuple[str, str]],
+    focal_px: float,
+    camera_pitch_deg: float,
+    rng: Rng,
+    size_px: int,
+) -> Scene:
+    spots = _place_heads(len(meshes), rng, size_px)
+    solid_spots = _place_solids(len(things), spots, rng, size_px)
+    heads, placed = [], []
+    for subject, mesh, spot in zip(subjects, meshes, spots, strict=True):
+        depth_m = focal_px * HEAD_HEIGHT_M / spot.px
+        rotation, bust_rotation = sample_rotations(rng, camera_pitch_deg)
+        posed = _bend(mesh, rotation, bust_rotation, _unproject(spot, depth_m, focal_px, size_px))
+        posed, box = _into_frame(posed, focal_px, size_px)
+        heads.append(PlacedHead(subject, rotation, box))
+        placed.append(posed)
+    for (colour, shape), spot in zip(things, solid_spots, strict=True):
+        depth_m = rng.uniform(0.8, 1.25) * focal_px * HEAD_HEIGHT_M / float(np.mean([s.px for s in spots]))
+        centre = _unproject(spot, depth_m, focal_px, size_px)
+        placed.append(solids.make_solid(colour, shape, spot.px / focal_px * depth_m, centre, rng))
+    batch = _gather(placed)
+    seen = see(batch, focal_px, size_px)
+    return _measure(Scene("", focal_px, heads, [PlacedSolid(f"{c} {s}") for c, s in things], batch, seen), size_px)
+
+
+def _place_heads(count: int, rng: Rng, size_px: int) -> list[_Spot]:
+    """Centres and heights, large first; no head over another or behind another's bust, where that can be had."""
+    scale = size_px / REFERENCE_PX
+    low, high = _HEAD_PX[count]
+    shrink = 1.0
+    while True:
+        heights = sorted(rng.uniform(low, high, count) * scale * shrink, reverse=True)
+        spots: list[_Spot] = []
+        for px in heights:
+            for _ in range(40):
+                x, y = rng.uniform(0.46 * px, size_px - 0.46 * px), rng.uniform(0.54 * px, size_px - 0.60 * px)
+                spot = _Spot(float(x), float(y), float(px))
+                if not any(_clash(spot, other) for other in spots):
+                    spots.append(spot)
+                    break
+        if len(spots) == count:
+            order = rng.permutation(count)
+            return [spots[k] for k in order]
+        shrink = max(0.75, shrink * 0.985)
+
+
+def _clash(back: _Spot, front: _Spot) -> bool:
+    """Whether the head at `back` (smaller, farther) would be hidden much by the head or bust at `front`."""
+    across, below = abs(back.x - front.x), back.y - front.y
+    beside_head = across < 0.40 * (back.px + front.px)
+    beside_bust = across < 0.36 * back.px + 0.62 * front.px
+    over_head = abs(below) < 0.46 * (back.px + front.px)
+    over_bust = 0 < below < 0.42 * back.px + 0.95 * front.px
+    return (beside_head and over_head) or (beside_bust and over_bust)
+
+
+def _place_solids(count: int, heads: list[_Spot], rng: Rng, size_px: int) -> list[_Spot]:
+    """Where solids hide little of the heads and of each other."""
+    scale = size_px / REFERENCE_PX
+    spots: list[_Spot] = []
+    for _ in range(count):
+        best, best_gap = _Spot(size_px / 2, size_px / 2, _SOLID_PX[0] * scale), -np.inf
+        for _ in range(25):
+            px = rng.uniform(*_SOLID_PX) * scale
+            x, y = rng.uniform(0.45 * px, size_px - 0.45 * px, 2)
+            gaps = [max(abs(x - h.x) - 0.42 * h.px, abs(y - h.y) - 0.5 * h.px) - 0.42 * px for h in heads]
+            gaps += [np.hypot(x - s.x, y - s.y) - 0.42 * (px + s.px) for s in spots]
+            gap = float(min(gaps)) / scale
+            if gap > best_gap:
+                best, best_gap = _Spot(float(x), float(y), float(px)), gap
+            if best_gap > -2.0:
+                break
+        spots.append(best)
+    return spots
+
+
+def _unproject(spot: _Spot, depth_m: float, focal_px: float, size_px: int) -> Array:
+    half = size_px / 2
+    return np.array([(spot.x - half) / focal_px, (spot.y - half) / focal_px, 1.0]) * depth_m
+
+
+def _bend(mesh: Mesh, rotation: Array, bust_rotation: Array, centre: Array) -> Mesh:
+    """The mesh in camera coordinates: head by `rotation`, bust by `bust_rotation`, the neck between them."""
+    head = (rotation @ pose.HEAD_TO_CAMERA).astype(np.float32)
+    bust = (bust_rotation @ pose.HEAD_TO_CAMERA).astype(np.float32)
+    share = mesh.rigid[:, None]
+    joint = (head @ _PIVOT - bust @ _PIVOT).astype(np.float32)
+    position = (mesh.position @ head.T) * share + (mesh.position @ bust.T + joint) * (1 - share)
+    normal = (mesh.normal @ head.T) * share + (mesh.normal @ bust.T) * (1 - share)
+    return replace(mesh, position=position + centre.astype(np.float32), normal=normal)
+
+
+def _into_frame(mesh: Mesh, focal_px: float, size_px: int) -> tuple[Mesh, Box]:
+    """The head shifted, where needed, so that its box lies inside the image; and the box."""
+    points = mesh.position[mesh.boxed]
+    low, high = _extent(points, focal_px, size_px)
+    over = np.maximum(0.0, 1.0 - low) - np.maximum(0.0, high - (size_px - 1.0))
+    if np.any(over):
+        shift = np.append(over * float(points[:, 2].mean()) / focal_px, 0.0).astype(np.float32)
+        mesh = replace(mesh, position=mesh.position + shift)
+        low, high = _extent(mesh.position[mesh.boxed], focal_px, size_px)
+    low, high = np.clip(low, 0.0, size_px), np.clip(high, 0.0, size_px)
+    return mesh, (float(low[0]), float(low[1]), float(high[0]), float(high[1]))
+
+
+def _extent(points: Array, focal_px: float, size_px: int) -> tuple[Array, Array]:
+    pixels = points[:, :2].astype(float) / points[:, 2:] * focal_px + size_px / 2
+    return pixels.min(0), pixels.max(0)
+
+
+def _gather(meshes: list[Mesh]) -> Batch:
+    offsets = np.cumsum([0] + [len(mesh.position) for mesh in meshes[:-1]])
+    textures = [mesh.texture for mesh in meshes if mesh.texture is not None]
+    textured = np.cumsum([mesh.texture is not None for mesh in meshes]) - 1
+    return Batch(
+        position=np.concatenate([mesh.position for mesh in meshes]),
+        normal=np.concatenate([mesh.normal for mesh in meshes]),
+        chart=np.concatenate([mesh.chart for mesh in meshes]),
+        colour=np.concatenate([mesh.colour for mesh in meshes]),
+        faces=np.concatenate([mesh.faces + np.int32(offset) for mesh, offset in zip(meshes, offsets, strict=True)]),
+        texture=np.concatenate(
+            [np.where(m.material >= 0, np.int32(k), m.material) for m, k in zip(meshes, textured, strict=True)]
+        ).astype(np.int32),
+        shine=np.concatenate([mesh.shine for mesh in meshes]),
+        slot=np.concatenate([np.where(mesh.owned, k, -1) for k, mesh in enumerate(meshes)]).astype(np.int32),
+        textures=np.stack(textures) if textures else np.zeros((1, 1, 1, 3), np.uint8),
+    )
+
+
+def _measure(scene: Scene, size_px: int) -> Scene:
+    """The scene with what the id map tells: visible shares, and the solids' visible boxes."""
+    samples_px = scene.seen.face.shape[0] / size_px
+    slots = scene.seen.slots(scene.batch)
+    heads = [replace(head, visible=_share(scene.seen, slots == k, k)) for k, head in enumerate(scene.heads)]
+    found = []
+    for k, solid in enumerate(scene.solids, len(heads)):
+        seen_here = slots == k
+        rows, columns = (np.flatnonzero(seen_here.any(axis)) / samples_px for axis in (1, 0))
+        box = None
+        if len(rows):
+            step = 1 / samples_px
+            box = (float(columns[0]), float(rows[0]), float(columns[-1] + step), float(rows[-1] + step))
+        found.append(replace(solid, box=box, visible=_share(scene.seen, seen_here, k)))
+    return replace(scene, heads=heads, solids=found)
+
+
+def _share(seen: Visibility, seen_here: Array, slot: int) -> float:
+    alone = int(np.count_nonzero(seen.covered & np.uint32(1 << slot)))
+    return int(np.count_nonzero(seen_here)) / alone if alone else 0.0
