@@ -77,7 +77,8 @@ def _add_build(commands: "Commands") -> None:
         common = source.add_argument_group("the shard set")
         common.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the set")
         common.add_argument("--name", help="start of the tars' names (default: the source's name)")
-        common.add_argument("--samples-per-shard", type=int, default=1000, metavar="N", help="at most (default: 1000)")
+        at_most = "at most; the default is 1000, fewer for small sets"
+        common.add_argument("--samples-per-shard", type=int, metavar="N", help=at_most)
         source.set_defaults(run=_build, make=make)
 
 

@@ -65,13 +65,16 @@ class Source(Protocol):
     def sample(self, i: int) -> Sample: ...
 
 
-def build(source: Source, out: Path, comm: Comm, samples_per_shard: int = 1000, name: str | None = None) -> None:
+def build(source: Source, out: Path, comm: Comm, samples_per_shard: int | None = None, name: str | None = None) -> None:
     """All ranks. Write `source` into the folder `out`: complete or not there, byte-identical for any number of ranks.
 
-    A complete set of the same recipe is kept, an unfinished one is finished. The index is merged in the memory of
-    rank 0: about 100 bytes a sample. Raises UserError where `out` holds something else, or a sample breaks the schema.
+    samples_per_shard: at most so many; by default 1000, or fewer so that a small set too has 16 shards for ranks and
+    readers to share. A complete set of the same recipe is kept, an unfinished one is finished. The index is merged in
+    the memory of rank 0: about 100 bytes a sample. Raises UserError where `out` holds something else, or a sample breaks the schema.
     """
     out = Path(out)
+    if samples_per_shard is None:
+        samples_per_shard = min(1000, max(16, -(-len(source) // 16)))
     recipe = _recipe(source, samples_per_shard, name or source.name)
     missing = comm.broadcast(_prepare(out, recipe) if comm.rank == 0 else None)
     if missing is None:

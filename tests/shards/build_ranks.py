@@ -13,7 +13,8 @@ from shards.write import build
 
 
 def main() -> None:
-    build(TinySource(samples=43), Path(sys.argv[1]), mpi(), samples_per_shard=10)
+    out, samples = sys.argv[1:]
+    build(TinySource(samples=int(samples)), Path(out), mpi(), samples_per_shard=10)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,11 +29,18 @@ def digests(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
-def over_ranks(ranks: int, out: Path) -> subprocess.CompletedProcess[str]:
+def clean_env() -> dict[str, str]:
     env = {k: v for k, v in os.environ.items() if not k.startswith(("PMI_", "SLURM_", "OMPI_"))}
-    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [str(Path(sys.executable).with_name("mpirun")), "-np", str(ranks), sys.executable, str(SCRIPT), str(out)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    return env | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def command(out: Path, samples: int, ranks: int) -> list[str]:
+    start = [str(Path(sys.executable).with_name("mpirun")), "-np", str(ranks)] if ranks > 1 else []
+    return [*start, sys.executable, str(SCRIPT), str(out), str(samples)]
+
+
+def over_ranks(ranks: int, out: Path, samples: int = 43) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(out, samples, ranks), env=clean_env(), capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.slow
@@ -46,7 +55,23 @@ def test_two_and_three_ranks_write_the_bytes_of_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_sample_that_one_rank_cannot_write_ends_all_ranks_in_one_line(tmp_path: Path) -> None:
+def test_a_killed_build_goes_on_and_ends_in_the_same_bytes(tmp_path: Path) -> None:
+    out, first = tmp_path / "set", tmp_path / "set" / "tiny-train-000003.tar"
+    with subprocess.Popen(command(out, 400, ranks=1), env=clean_env()) as process:
+        while not first.exists() and process.poll() is None:
+            time.sleep(0.002)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    with pytest.raises(UserError, match="not a finished shard set"):
+        open_set(out)
+    done = over_ranks(2, out, 400)
+    assert done.returncode == 0 and "of 40 shards are there already, kept" in done.stdout, done.stderr
+    build(TinySource(samples=400), tmp_path / "whole", single(), samples_per_shard=10)
+    assert digests(out) == digests(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_what_is_wrong_with_the_folder_ends_all_ranks_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
     done = over_ranks(2, tmp_path / "out")
@@ -210,6 +235,12 @@ def test_samples_that_cannot_be_stored(tmp_path: Path, spoil: Callable[[Sample],
         build(Spoilt(spoil), tmp_path / "set", single(), samples_per_shard=3)
     assert said in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "set" / "index.json").exists()
+
+
+@pytest.mark.parametrize(("samples", "shards"), [(5, 1), (40, 3), (300, 16)])
+def test_small_sets_have_shards_to_share_too(tmp_path: Path, samples: int, shards: int) -> None:
+    build(TinySource(samples=samples), tmp_path / "set", single())
+    assert len(list((tmp_path / "set").glob("*.tar"))) == shards
 
 
 def test_command_lines_that_cannot_be_meant(tmp_path: Path, tiny_source: TinySource) -> None:
