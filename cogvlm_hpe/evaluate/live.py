@@ -14,6 +14,7 @@ class Totals:
     """Sums of this rank since the last `reduce`, and of all ranks up to it."""
 
     def __init__(self) -> None:
+        """Nothing counted yet."""
         self._local = np.zeros(len(_FIELDS))
         self._global = np.zeros(len(_FIELDS))
 

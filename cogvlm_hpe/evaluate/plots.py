@@ -1,0 +1,203 @@
+"""The report's pictures as PNG bytes, drawn by matplotlib without a display."""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from cogvlm_hpe.evaluate import metrics
+from cogvlm_hpe.evaluate.results import CONSTANT, Result, by_set
+from cogvlm_hpe.evaluate.summary import KINDS, Row, pose_triples
+from launcher.errors import UserError
+
+_KIND_COLOURS = {"pose": "#2a9d8f", "box": "#4c78a8", "blended": "#d62828", "other": "#b0b0b0"}
+_GREY = "#999999"
+_MOST_SYSTEMS = 6
+_LABEL_CHARACTERS = 24
+
+
+def geodesic_bars(results: Sequence[Result]) -> bytes | None:
+    """Mean geodesic error of each system and set with its 95 % interval, beside the constant pose."""
+    sets = _posed(results)
+    if not sets:
+        return None
+    figure, axes = _row_of_axes(len(sets), height=1.6 + 0.45 * max(map(len, sets.values())))
+    for axis, (name, group) in zip(axes, sets.items(), strict=True):
+        bars = [(result.name, result.tasks["pose"]["all"]["geodesic"]) for result in group]
+        bars.append((CONSTANT, group[0].tasks["pose"]["constant_pose"]["geodesic"]))
+        means = np.array([score["mean"] for _, score in bars])
+        spans = np.abs(np.array([score["ci95"] for _, score in bars]).T - means)
+        colours = [_colour(results, result) for result in group] + [_GREY]
+        axis.barh(range(len(bars)), means, xerr=spans, color=colours, capsize=3)
+        axis.set_yticks(range(len(bars)), [_short(label) for label, _ in bars])
+        axis.axvline(means[-1], color=_GREY, linestyle="--")
+        axis.invert_yaxis()
+        axis.set_title(name)
+        axis.set_xlabel("mean geodesic error (deg), 95 % interval")
+    return _png(figure)
+
+
+def error_by_yaw(results: Sequence[Result]) -> bytes | None:
+    """Mean geodesic error over bins of the true |yaw|: frontal heads left, heads seen from behind right."""
+    sets = _posed(results)
+    if not sets:
+        return None
+    figure, axes = _row_of_axes(len(sets), height=3.4)
+    for axis, (name, group) in zip(axes, sets.items(), strict=True):
+        for i, result in enumerate(group):
+            bins = [b for b in result.tasks["pose"]["by_yaw"] if b["n"]]
+            means = np.array([b["geodesic_mean"] for b in bins])
+            spans = np.abs(np.array([b["ci95"] for b in bins]).T - means)
+            centres = [(b["from"] + b["to"]) / 2 + i for b in bins]
+            colour = _colour(results, result)
+            axis.errorbar(centres, means, yerr=spans, marker="o", capsize=3, color=colour, label=_short(result.name))
+        bins = [b for b in group[0].tasks["pose"]["by_yaw"] if b["n"]]
+        centres = [(b["from"] + b["to"]) / 2 for b in bins]
+        axis.plot(centres, [b["constant_pose"] for b in bins], "--", color=_GREY, label=CONSTANT)
+        axis.set_title(f"{name} (heads: {', '.join(str(b['n']) for b in bins)})")
+        axis.set_xticks(metrics.YAW_EDGES_DEG)
+        axis.set_xlabel("true |yaw| (deg)")
+        axis.set_ylabel("mean geodesic error (deg)")
+        axis.set_ylim(bottom=0)
+        axis.legend(fontsize=7)
+    return _png(figure)
+
+
+def error_curves(results: Sequence[Result]) -> bytes | None:
+    """Share of heads whose geodesic error is below x, for each x."""
+    sets = _posed(results)
+    if not sets:
+        return None
+    figure, axes = _row_of_axes(len(sets), height=3.4)
+    for axis, (name, group) in zip(axes, sets.items(), strict=True):
+        for result in group:
+            _curve(axis, result.geodesic_deg, label=_short(result.name), color=_colour(results, result))
+        _curve(axis, group[0].constant_deg, label=CONSTANT, color=_GREY, linestyle="--")
+        axis.set_title(name)
+        axis.set_xlim(0, 180)
+        axis.set_ylim(0, 1)
+        axis.set_xlabel("geodesic error (deg)")
+        axis.set_ylabel("share of heads below it")
+        axis.legend(fontsize=7)
+    return _png(figure)
+
+
+def _curve(axis: Any, errors_deg: np.ndarray, **style: Any) -> None:
+    ordered = np.sort(errors_deg)
+    axis.step(np.concatenate([[0], ordered]), np.arange(len(ordered) + 1) / len(ordered), where="post", **style)
+
+
+def answer_formats(results: Sequence[Result]) -> bytes | None:
+    """Stacked shares of answer formats for pose and box questions, one bar for each system and set."""
+    asked = [(task, title) for task, title in (("pose", "asked for a pose"), ("where", "asked for a box"))]
+    asked = [(task, title) for task, title in asked if any(task in result.tasks for result in results)]
+    if not asked:
+        return None
+    figure, axes = _row_of_axes(len(asked), height=2.0 + 0.35 * len(results))
+    for axis, (task, title) in zip(axes, asked, strict=True):
+        bars = [result for result in results if task in result.tasks]
+        labels = [f"{_short(result.name)}, {result.set_name}" for result in bars]
+        left = np.zeros(len(bars))
+        for kind in KINDS:
+            shares = np.array([result.tasks[task]["format"][kind] for result in bars])
+            axis.barh(range(len(bars)), shares, left=left, color=_KIND_COLOURS[kind], label=kind)
+            left += shares
+        axis.set_yticks(range(len(bars)), labels)
+        axis.invert_yaxis()
+        axis.set_xlim(0, 1)
+        axis.set_title(title)
+        axis.set_xlabel("share of answers")
+    handles, kinds = axes[0].get_legend_handles_labels()
+    figure.legend(handles, kinds, loc="outside lower center", ncols=len(kinds), fontsize=8)
+    return _png(figure)
+
+
+def head_sheet(group: Sequence[Result], heads: int) -> bytes | None:
+    """Heads of one set (rows spread over it) by system (columns): true axes solid, predicted ones dashed.
+
+    None where the set's images cannot be read any more.
+    """
+    from PIL import Image
+
+    from shards.draw import contact_sheet
+
+    group = [result for result in group if "pose" in result.tasks][:_MOST_SYSTEMS]
+    if not group:
+        return None
+    rows = group[0].pose_rows
+    picked = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, heads).astype(int))]
+    images = _read_images(group[0].run.get("shards"), {row["key"] for row in picked})
+    if images is None:
+        return None
+    answers = [{row["id"]: row for row in result.pose_rows} for result in group]
+    tiles, titles = [], []
+    for row in picked:
+        for result, known in zip(group, answers, strict=True):
+            tile, title = _tile(images[row["key"]], row, known.get(row["id"]))
+            tiles.append(tile)
+            titles.append(f"{result.name[:_LABEL_CHARACTERS]}: {title}")
+    file = io.BytesIO()
+    Image.fromarray(contact_sheet(tiles, titles, columns=len(group))).save(file, "PNG")
+    return file.getvalue()
+
+
+def _tile(image: np.ndarray, row: Row, answer: Row | None) -> tuple[np.ndarray, str]:
+    from cogvlm_hpe.draw import head_tile
+
+    truth = metrics.rotations(pose_triples([row], "truth"))[0]
+    if answer is None or answer["parsed"] is None:
+        return head_tile(image, row["box"], truth, None), "not asked" if answer is None else "no pose"
+    predicted = metrics.rotations(pose_triples([answer], "parsed"))[0]
+    return head_tile(image, row["box"], truth, predicted), f"{answer['errors']['geodesic']:.0f} deg"
+
+
+def _read_images(shards: str | None, keys: set[str]) -> dict[str, np.ndarray] | None:
+    from shards.index import open_set
+    from shards.stream import decode_pixels
+
+    if shards is None:
+        return None
+    try:
+        shard_set = open_set(shards)
+        found = {}
+        for i in shard_set.key_order():
+            if shard_set.key(int(i)) in keys:
+                stored = shard_set.read(int(i))
+                found[stored.key] = decode_pixels(stored.image, stored.extension)
+    except (UserError, OSError, ValueError):
+        return None  # the set may have been moved or removed since: the report goes without this picture
+    return found if keys <= found.keys() else None
+
+
+def _posed(results: Sequence[Result]) -> dict[str, list[Result]]:
+    return by_set([result for result in results if "pose" in result.tasks])
+
+
+def _colour(results: Sequence[Result], result: Result) -> str:
+    """The same colour for a system in every panel."""
+    names = list(dict.fromkeys(other.name for other in results))
+    return f"C{names.index(result.name) % 10}"
+
+
+def _short(label: str) -> str:
+    return label if len(label) <= _LABEL_CHARACTERS else label[: _LABEL_CHARACTERS - 1] + "…"
+
+
+def _row_of_axes(count: int, height: float) -> tuple[Any, list[Any]]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, count, figsize=(5.4 * count, max(2.6, height)), squeeze=False, layout="constrained")
+    return figure, list(axes[0])
+
+
+def _png(figure: Any) -> bytes:
+    from matplotlib import pyplot as plt
+
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
+    plt.close(figure)
+    return file.getvalue()
