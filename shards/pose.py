@@ -64,12 +64,12 @@ def geodesic_deg(a: Array, b: Array) -> Array:
     return np.degrees(2.0 * np.arcsin(np.clip(distance / (2.0 * np.sqrt(2.0)), 0.0, 1.0)))
 
 
-def is_rotation(matrix: Array, tolerance: float = 1e-4) -> bool:
-    """Whether a (3, 3) matrix is orthonormal with determinant +1."""
+def is_rotation(matrix: Array, tolerance: float = 1e-4) -> NDArray[np.bool_]:
+    """(…,) whether each of the (…, 3, 3) matrices is orthonormal with determinant +1; not finite: False."""
     m = np.asarray(matrix, dtype=float)
-    if m.shape != (3, 3) or not np.isfinite(m).all():
-        return False
-    return bool(np.abs(m @ m.T - np.eye(3)).max() <= tolerance and np.linalg.det(m) > 0)
+    with np.errstate(invalid="ignore"):
+        gaps = np.abs(m @ np.swapaxes(m, -1, -2) - np.eye(3)).max(axis=(-1, -2))
+        return np.asarray((gaps <= tolerance) & (np.linalg.det(m) > 0))
 
 
 def flip_rotation(rotation: Array) -> Array:

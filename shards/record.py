@@ -13,6 +13,7 @@ from shards import pose
 
 CONVENTION = "hpe-v1"
 _POSE_TOLERANCE_DEG = 0.1
+_LIMITS_DEG = {"yaw": 180.0, "pitch": 90.0, "roll": 180.0}
 _SIDE = re.compile(r"\b(left|right)(?=\b|most\b|wards?\b)", re.IGNORECASE)
 
 
@@ -122,7 +123,7 @@ def from_json(text: str | bytes) -> Record:
         raise RecordError(f"not JSON ({error}); rebuild the shard") from None
     try:
         return _record(value)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise RecordError(f"not a record of convention {CONVENTION} ({type(error).__name__}: {error})") from None
 
 
@@ -134,7 +135,8 @@ def _record(value: dict[str, Any]) -> Record:
     image = Image(**raw, camera=Camera(**camera) if camera else None)
     if image.width <= 0 or image.height <= 0:
         raise RecordError(f"image size {image.width}x{image.height}: both sides must be positive")
-    heads = [_head(i, head) for i, head in enumerate(value["heads"])]
+    _check_poses(value["heads"])
+    heads = [_head(f"head {i}", head) for i, head in enumerate(value["heads"])]
     objects = [
         Object(str(o["expression"]), _box(f"object {i} ({o['expression']!r})", o["bbox"]))
         for i, o in enumerate(value["objects"])
@@ -142,33 +144,42 @@ def _record(value: dict[str, Any]) -> Record:
     return Record(image, heads, objects)
 
 
-def _head(index: int, value: dict[str, Any]) -> Head:
-    name = f"head {index}"
-    rotation = np.asarray(value["rotation"], dtype=float)
-    if rotation.size != 9 or not pose.is_rotation(rotation.reshape(3, 3)):
-        raise RecordError(f"{name}: rotation {value['rotation']} is not a rotation matrix (orthonormal, det +1)")
-    triple = value["pose"]
-    for angle, limit in (("yaw", 180.0), ("pitch", 90.0), ("roll", 180.0)):
-        if not math.isfinite(triple[angle]) or abs(triple[angle]) > limit:
-            raise RecordError(f"{name}: {angle} {triple[angle]} deg is outside [-{limit:g}, {limit:g}]")
-    said = pose.rotation_from_pose(triple["yaw"], triple["pitch"], triple["roll"])
-    gap_deg = float(pose.geodesic_deg(said, rotation.reshape(3, 3)))
-    if gap_deg > _POSE_TOLERANCE_DEG:
-        raise RecordError(f"{name}: pose {triple} and rotation differ by {gap_deg:.2f} deg; they must be one pose")
-    visible = float(value["visible"])
-    if not 0.0 <= visible <= 1.0:
-        raise RecordError(f"{name}: visible {visible} is outside [0, 1]")
-    confidence = float(value.get("confidence", 1.0))
-    if not 0.0 <= confidence <= 1.0:
-        raise RecordError(f"{name}: confidence {confidence} is outside [0, 1]")
+def _check_poses(heads: list[dict[str, Any]]) -> None:
+    """Each head's rotation is one, its pose in range, and both are the same; all heads in one go, for speed."""
+    for i, head in enumerate(heads):
+        if np.size(head["rotation"]) != 9:
+            raise RecordError(f"head {i}: rotation {head['rotation']} is not a rotation matrix (9 numbers, row by row)")
+        for angle, limit in _LIMITS_DEG.items():
+            if not abs(head["pose"][angle]) <= limit:
+                raise RecordError(f"head {i}: {angle} {head['pose'][angle]} deg is outside [-{limit:g}, {limit:g}]")
+    rotations = np.array([head["rotation"] for head in heads], dtype=float).reshape(-1, 3, 3)
+    triples = np.array([[head["pose"][angle] for angle in _LIMITS_DEG] for head in heads], dtype=float).reshape(-1, 3)
+    sound = pose.is_rotation(rotations)
+    gaps_deg = pose.geodesic_deg(pose.rotation_from_pose(*triples.T), rotations)
+    for i, head in enumerate(heads):
+        if not sound[i]:
+            rule = "is not a rotation matrix (orthonormal, det +1)"
+            raise RecordError(f"head {i}: rotation {head['rotation']} {rule}")
+        if gaps_deg[i] > _POSE_TOLERANCE_DEG:
+            said = f"pose {head['pose']} and rotation differ by {gaps_deg[i]:.2f} deg"
+            raise RecordError(f"head {i}: {said}; they must be one pose")
+
+
+def _head(name: str, value: dict[str, Any]) -> Head:
     return Head(
         bbox=_box(name, value["bbox"]),
-        rotation=tuple(rotation.reshape(9).tolist()),
-        visible=visible,
+        rotation=tuple(map(float, np.ravel(value["rotation"]))),
+        visible=_share(name, "visible", value["visible"]),
         weak=bool(value.get("weak", False)),
-        confidence=confidence,
+        confidence=_share(name, "confidence", value.get("confidence", 1.0)),
         subject=str(value.get("subject", "")),
     )
+
+
+def _share(name: str, what: str, value: Any) -> float:
+    if not 0.0 <= float(value) <= 1.0:
+        raise RecordError(f"{name}: {what} {float(value)} is outside [0, 1]")
+    return float(value)
 
 
 def _box(name: str, value: Any) -> tuple[float, float, float, float]:

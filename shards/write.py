@@ -55,10 +55,17 @@ class Sample:
 class Source(Protocol):
     """A data set to be sharded. `sample(i)` is a pure function of i; `scope` (JSON values) is recorded with the set."""
 
-    name: str
-    licence: str
-    split: str
-    scope: Mapping[str, Any]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def licence(self) -> str: ...
+
+    @property
+    def split(self) -> str: ...
+
+    @property
+    def scope(self) -> Mapping[str, Any]: ...
 
     def __len__(self) -> int: ...
 
@@ -69,8 +76,8 @@ def build(source: Source, out: Path, comm: Comm, samples_per_shard: int | None =
     """All ranks. Write `source` into the folder `out`: complete or not there, byte-identical for any number of ranks.
 
     samples_per_shard: at most so many; by default 1000, or fewer so that a small set too has 16 shards for ranks and
-    readers to share. A complete set of the same recipe is kept, an unfinished one is finished. The index is merged in
-    the memory of rank 0: about 100 bytes a sample. Raises UserError where `out` holds something else, or a sample breaks the schema.
+    readers to share. A complete set of the same recipe is kept, an unfinished one is finished. Raises UserError where
+    `out` holds something else, or a sample breaks the schema. Rank 0 merges the index in memory, 100 bytes a sample.
     """
     out = Path(out)
     if samples_per_shard is None:
