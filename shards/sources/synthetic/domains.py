@@ -51,17 +51,17 @@ def _studio_light(rng: Rng) -> Light:
 def _hard_light(rng: Rng) -> Light:
     side = rng.choice([-1.0, 1.0])
     direction = np.array([side * rng.uniform(0.5, 1.4), rng.uniform(-0.9, 0.35), rng.uniform(-0.9, -0.1)])
-    return Light(direction, float(rng.uniform(0.30, 0.42)))
+    return Light(direction, float(rng.uniform(0.33, 0.45)))
 
 
 def _studio(rng: Rng, size: int) -> Array:
     """A wall of two colours that run into each other, a floor, soft patches."""
     down = np.linspace(0.0, 1.0, size)[:, None, None]
-    tint = rng.uniform(0.35, 0.85, 3)
-    upper, lower = np.clip(tint + rng.uniform(-0.15, 0.15, (2, 3)), 0.1, 0.95)
+    tint = _muted(rng.uniform(0.35, 0.85, 3))
+    upper, lower = np.clip(tint + rng.uniform(-0.12, 0.12, (2, 3)), 0.1, 0.95)
     picture = np.broadcast_to(upper * (1 - down) + lower * down, (size, size, 3)).copy()
     horizon = int(size * rng.uniform(0.6, 0.95))
-    floor = rng.uniform(0.25, 0.65, 3)
+    floor = _muted(rng.uniform(0.25, 0.65, 3))
     picture[horizon:] = floor * (0.85 + 0.3 * (down[horizon:] - horizon / size))
     return np.clip(picture + 0.05 * _soft(rng, size, 7)[..., None], 0.0, 1.0)
 
@@ -69,10 +69,15 @@ def _studio(rng: Rng, size: int) -> Array:
 def _patterned(rng: Rng, size: int) -> Array:
     """Bricks, checks, stripes, weave or blotches, of two colours of not too different brightness."""
     pattern = (_bricks, _checks, _stripes, _weave, _blotches)[rng.integers(5)](rng, size)
-    first = rng.uniform(0.2, 0.75, 3)
-    second = np.clip(first + rng.uniform(-0.22, 0.22, 3), 0.08, 0.9)
+    first = _muted(rng.uniform(0.2, 0.75, 3))
+    second = np.clip(first + rng.uniform(-0.24, 0.24) + rng.uniform(-0.1, 0.1, 3), 0.08, 0.9)
     picture = first * pattern[..., None] + second * (1.0 - pattern[..., None])
     return np.clip(picture + 0.06 * _soft(rng, size, 12)[..., None], 0.0, 1.0)
+
+
+def _muted(colour: Array) -> Array:
+    """Half way to grey: walls should not vie with the coloured solids."""
+    return 0.5 * colour + 0.5 * colour.mean()
 
 
 def _axes(size: int) -> tuple[Array, Array]:

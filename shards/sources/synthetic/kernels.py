@@ -49,18 +49,22 @@ def see(position, faces, slot, focal, centre, out_face, out_weights, out_covered
 @_compiled
 def _fill(t, a, b, c, u, v, inverse, bit, nearest, out_face, out_weights, out_covered):  # type: ignore[no-untyped-def]
     ax, ay, bx, by, cx, cy = u[a], v[a], u[b], v[b], u[c], v[c]
-    area = (bx - ax) * (cy - ay) - (cx - ax) * (by - ay)
-    if abs(area) < 1e-12:
-        return
     side = out_face.shape[0]
     x0, x1 = max(0, int(np.ceil(min(ax, bx, cx) - 0.5))), min(side - 1, int(np.floor(max(ax, bx, cx) - 0.5)))
     y0, y1 = max(0, int(np.ceil(min(ay, by, cy) - 0.5))), min(side - 1, int(np.floor(max(ay, by, cy) - 0.5)))
+    area = (bx - ax) * (cy - ay) - (cx - ax) * (by - ay)
+    if x0 > x1 or y0 > y1 or abs(area) < 1e-12:
+        return
+    share = 1.0 / area
+    step_a, step_b = (by - cy) * share, (cy - ay) * share
+    first_x = x0 + 0.5
     for y in range(y0, y1 + 1):
         py = y + 0.5
+        row_a = ((bx - first_x) * (cy - py) - (cx - first_x) * (by - py)) * share
+        row_b = ((cx - first_x) * (ay - py) - (ax - first_x) * (cy - py)) * share
         for x in range(x0, x1 + 1):
-            px = x + 0.5
-            wa = ((bx - px) * (cy - py) - (cx - px) * (by - py)) / area
-            wb = ((cx - px) * (ay - py) - (ax - px) * (cy - py)) / area
+            wa = row_a + (x - x0) * step_a
+            wb = row_b + (x - x0) * step_b
             wc = 1.0 - wa - wb
             if wa < 0.0 or wb < 0.0 or wc < 0.0:
                 continue
@@ -145,3 +149,48 @@ def _lit(n, p, light, ambient, shine):  # type: ignore[no-untyped-def]
     half_length = np.sqrt(hx * hx + hy * hy + hz * hz) + 1e-12
     glint = max(0.0, scale * (n[0] * hx + n[1] * hy + n[2] * hz) / half_length)
     return ambient + (1.0 - ambient) * diffuse, shine * glint**GLOSS
+
+
+@_compiled
+def bend(position, normal, rigid, head, bust, shift, bust_shift, out_position, out_normal):  # type: ignore[no-untyped-def]
+    """Each vertex turned by `head` and by `bust` (3, 3), and the two mixed by its share `rigid` of the head."""
+    for i in range(position.shape[0]):
+        w = rigid[i]
+        for k in range(3):
+            p, n, q, m = shift[k], 0.0, shift[k] + bust_shift[k], 0.0
+            for j in range(3):
+                p += head[k, j] * position[i, j]
+                n += head[k, j] * normal[i, j]
+                q += bust[k, j] * position[i, j]
+                m += bust[k, j] * normal[i, j]
+            out_position[i, k] = w * p + (1.0 - w) * q
+            out_normal[i, k] = w * n + (1.0 - w) * m
+
+
+@_compiled
+def extent(position, boxed, focal, centre):  # type: ignore[no-untyped-def]
+    """x0, y0, x1, y1 in pixels and the nearest depth of the projected vertices that are `boxed`."""
+    x0, y0, x1, y1, near = np.inf, np.inf, -np.inf, -np.inf, np.inf
+    for i in range(position.shape[0]):
+        if boxed[i]:
+            scale = focal / position[i, 2]
+            x, y = position[i, 0] * scale + centre, position[i, 1] * scale + centre
+            x0, y0, x1, y1 = min(x0, x), min(y0, y), max(x1, x), max(y1, y)
+            near = min(near, float(position[i, 2]))
+    return x0, y0, x1, y1, near
+
+
+@_compiled
+def measure(face, slot, covered, alone, seen, boxes):  # type: ignore[no-untyped-def]
+    """Count the samples where each thing lies (alone) and shows (seen); boxes: x0, y0, x1, y1 of the latter."""
+    boxes[:, :2] = face.shape[0]
+    for y in range(face.shape[0]):
+        for x in range(face.shape[1]):
+            if covered[y, x]:
+                for k in range(alone.shape[0]):
+                    alone[k] += (covered[y, x] >> np.uint32(k)) & np.uint32(1)
+            if face[y, x] >= 0 and slot[face[y, x]] >= 0:
+                k = slot[face[y, x]]
+                seen[k] += 1
+                boxes[k, 0], boxes[k, 1] = min(boxes[k, 0], x), min(boxes[k, 1], y)
+                boxes[k, 2], boxes[k, 3] = max(boxes[k, 2], x + 1), max(boxes[k, 3], y + 1)

@@ -73,11 +73,15 @@ def join(parts: Sequence[Mesh]) -> Mesh:
     return Mesh(faces=faces, texture=textures[0] if textures else None, **joined)
 
 
-def moved(mesh: Mesh, rotation: Array | None = None, shift: Sequence[float] = (0, 0, 0), scale: float = 1.0) -> Mesh:
+def moved(
+    mesh: Mesh, rotation: Array | None = None, shift: Sequence[float] | Array = (0, 0, 0), scale: float = 1.0
+) -> Mesh:
     """The mesh scaled, turned by (3, 3) `rotation`, then shifted."""
-    turn = np.eye(3, dtype=np.float32) if rotation is None else np.asarray(rotation, np.float32)
-    position = (mesh.position * np.float32(scale)) @ turn.T + np.asarray(shift, np.float32)
-    return replace(mesh, position=position, normal=mesh.normal @ turn.T)
+    position, normal = mesh.position * np.float32(scale), mesh.normal
+    if rotation is not None:
+        turn = np.asarray(rotation, np.float32).T
+        position, normal = position @ turn, normal @ turn
+    return replace(mesh, position=position + np.asarray(shift, np.float32), normal=normal)
 
 
 def vertex_normals(position: Array, faces: Array) -> Array:

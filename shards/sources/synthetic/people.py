@@ -62,8 +62,6 @@ class Base:
 _EYE_CENTRE = np.array([0.0, 7.284, 1.245])
 _EYE_DISTANCE = 0.6155
 _SKULL_CENTRE = np.array([0.0, 7.15, 0.45])
-NOSE_TIP_VERTEX = 297
-"""Of the asset: for tests of where the nose points."""
 
 
 @functools.cache
@@ -77,7 +75,7 @@ def load_base() -> Base:
     eye = np.zeros(len(position), bool)
     eye[faces[is_eye].ravel()] = True
     x, y, z = position.T
-    neck = (y > 5.72) & (np.abs(x) < 1.0) & ((np.abs(x) < 0.72) | (y > 6.4))
+    neck = (y > 5.86) & ((np.abs(x) < 0.58) | (y > 6.2))
     kept = faces[is_skin & neck[faces].all(1)]
     lift = y + 0.5 * (z - 0.2)
     ear = np.linalg.norm(modifiers[names.index("ears/ear-wing-incr")], axis=1)
@@ -91,7 +89,7 @@ def load_base() -> Base:
         rigid=smoothstep((lift - 5.75) / 0.85).astype(np.float32),
         left_eye=eye & (x > 0),
         right_eye=eye & (x < 0),
-        collar=(y > 5.80) & (y < 6.02) & (np.abs(x) < 0.72),
+        collar=(y > 5.86) & (y < 6.06) & (np.abs(x) < 0.58),
         owned=(lift[kept] > 6.45).all(1),
         boxed=(lift > 6.62) & (y > 6.1) & ~eye,
     )

@@ -4,9 +4,11 @@ Pixel (x, y) covers [x, x+1) × [y, y+1); it is sampled `SUPERSAMPLING` times a 
 sides. `reference.py` says the same in plain numpy and is what the tests compare with.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+
+from shards.sources.synthetic.mesh import Mesh
 
 Array = np.ndarray
 
@@ -50,10 +52,6 @@ class Visibility:
     weights: Array
     covered: Array
 
-    def slots(self, batch: Batch) -> Array:
-        """(H, W) number of the thing seen, -1 for none."""
-        return np.where(self.face >= 0, batch.slot[self.face], -1)
-
 
 def see(batch: Batch, focal_px: float, size_px: int) -> Visibility:
     """Resolve visibility on the supersampled grid of a square image whose principal point is its centre."""
@@ -92,3 +90,31 @@ def shade(batch: Batch, seen: Visibility, focal_px: float, background: Array, li
         image,
     )
     return image
+
+
+def project_extent(mesh: Mesh, focal_px: float, size_px: int) -> tuple[Array, Array, float]:
+    """Lowest and highest (x, y) of the boxed vertices in pixels, and the depth of the nearest in metres."""
+    from shards.sources.synthetic import kernels
+
+    x0, y0, x1, y1, near_m = kernels.extent(mesh.position, mesh.boxed, float(focal_px), size_px / 2)
+    return np.array([x0, y0]), np.array([x1, y1]), float(near_m)
+
+
+def bend(mesh: Mesh, head: Array, bust: Array, pivot: Array, centre: Array) -> Mesh:
+    """The mesh in camera coordinates: its origin at `centre`, head turned by `head`, bust by `bust` about `pivot`."""
+    from shards.sources.synthetic import kernels
+
+    position, normal = np.empty_like(mesh.position), np.empty_like(mesh.normal)
+    joint = head @ pivot - bust @ pivot
+    kernels.bend(mesh.position, mesh.normal, mesh.rigid, head, bust, centre, joint, position, normal)
+    return replace(mesh, position=position, normal=normal)
+
+
+def measure(batch: Batch, seen: Visibility, things: int) -> tuple[Array, Array]:
+    """For each thing: share of it that shows (things,), and the box of that in pixels (things, 4); 0 where none."""
+    from shards.sources.synthetic import kernels
+
+    alone, shown = np.zeros(things, np.int64), np.zeros(things, np.int64)
+    boxes = np.zeros((things, 4), np.int64)
+    kernels.measure(seen.face, batch.slot, seen.covered, alone, shown, boxes)
+    return shown / np.maximum(alone, 1), np.where(shown[:, None] > 0, boxes, 0) / SUPERSAMPLING

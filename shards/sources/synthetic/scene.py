@@ -7,8 +7,8 @@ import numpy as np
 from shards import pose
 from shards.sources.synthetic import solids
 from shards.sources.synthetic.domains import GROUP, Domain, identities
-from shards.sources.synthetic.mesh import Mesh
-from shards.sources.synthetic.raster import Batch, Visibility, see
+from shards.sources.synthetic.mesh import Mesh, moved
+from shards.sources.synthetic.raster import Batch, Visibility, bend, measure, project_extent, see
 from shards.sources.synthetic.words import COLOURS, Box
 
 Array = np.ndarray
@@ -64,6 +64,18 @@ class Scene:
 
 
 @dataclass(frozen=True)
+class _Cast:
+    """Who and what a scene shows, before it is known where."""
+
+    subjects: list[str]
+    meshes: list[Mesh]
+    rotations: Array
+    bust_rotations: Array
+    solids: list[tuple[str, str]]
+    solid_meshes: list[Mesh]
+
+
+@dataclass(frozen=True)
 class _Spot:
     x: float
     y: float
@@ -80,12 +92,13 @@ def compose(domain: Domain, split: str, rng: Rng, size_px: int, load: "HeadLoade
     half_view = np.radians(rng.uniform(*domain.hfov_deg)) / 2
     focal_px = size_px / 2 / float(np.tan(half_view))
     camera_pitch_deg = float(np.clip(rng.normal(*domain.camera_pitch_deg), -50, 40))
-    meshes = [load(domain, subject) for subject in chosen]
-    things = _choose_solids(domain, rng)
+    rotations, bust_rotations = sample_rotations(count, rng, camera_pitch_deg)
+    pairs = _choose_solids(domain, rng)
+    meshes, solid_meshes = [load(domain, subject) for subject in chosen], solids.make_solids(pairs, rng)
+    cast = _Cast(chosen, meshes, rotations, bust_rotations, pairs, solid_meshes)
     best: Scene | None = None
     for _ in range(_LAYOUTS):
-        scene = _layout(chosen, meshes, things, focal_px, camera_pitch_deg, rng, size_px)
-        scene = replace(scene, group=group)
+        scene = _layout(cast, group, focal_px, rng, size_px)
         if best is None or scene.quality > best.quality:
             best = scene
         if best.quality >= 1.0:
@@ -118,47 +131,44 @@ def _choose_solids(domain: Domain, rng: Rng) -> list[tuple[str, str]]:
     return [pairs[k] for k in rng.choice(len(pairs), count, replace=False)]
 
 
-def sample_rotations(rng: Rng, camera_pitch_deg: float) -> tuple[Array, Array]:
-    """M of a head and of the bust below it: heading, nod and tilt in the room, then the camera's pitch.
+def sample_rotations(count: int, rng: Rng, camera_pitch_deg: float) -> tuple[Array, Array]:
+    """M (count, 3, 3) of heads and of the busts below them: heading, nod and tilt in the room, then the camera's pitch.
 
     Heads whose canonical |roll| would reach 90 degrees are drawn again.
     """
-    while True:
-        heading_deg, turn_deg = rng.uniform(-180, 180), np.clip(rng.normal(0, 22), -50, 50)
-        room = pose.rotation_from_pose(0.0, rng.normal(0, 14), rng.normal(0, 9))
-        head = pose.rotation_from_pose(heading_deg, camera_pitch_deg, 0.0) @ room
-        if abs(pose.pose_from_rotation(head)[2]) < _MAX_ROLL_DEG:
-            break
-    lean = pose.rotation_from_pose(0.0, rng.normal(0, 3), rng.normal(0, 3))
-    return head, pose.rotation_from_pose(heading_deg + turn_deg, camera_pitch_deg, 0.0) @ lean
+    heading_deg, heads = np.zeros(0), np.zeros((0, 3, 3))
+    while len(heads) < count:
+        drawn = rng.uniform(-180, 180, count)
+        posture = pose.rotation_from_pose(0.0, rng.normal(0, 14, count), rng.normal(0, 9, count))
+        seen = pose.rotation_from_pose(drawn, camera_pitch_deg, 0.0) @ posture
+        upright = np.abs(pose.pose_from_rotation(seen)[:, 2]) < _MAX_ROLL_DEG
+        heading_deg, heads = np.append(heading_deg, drawn[upright]), np.concatenate([heads, seen[upright]])
+    turn_deg = np.clip(rng.normal(0, 22, count), -50, 50)
+    lean = pose.rotation_from_pose(0.0, rng.normal(0, 3, count), rng.normal(0, 3, count))
+    return heads[:count], pose.rotation_from_pose(heading_deg[:count] + turn_deg, camera_pitch_deg, 0.0) @ lean
 
 
-def _layout(
-    subjects: list[str],
-    meshes: list[Mesh],
-    things: list[tuple[str, str]],
-    focal_px: float,
-    camera_pitch_deg: float,
-    rng: Rng,
-    size_px: int,
-) -> Scene:
-    spots = _place_heads(len(meshes), rng, size_px)
-    solid_spots = _place_solids(len(things), spots, rng, size_px)
+def _layout(cast: _Cast, group: str, focal_px: float, rng: Rng, size_px: int) -> Scene:
+    spots = _place_heads(len(cast.meshes), rng, size_px)
+    solid_spots = _place_solids(len(cast.solids), spots, rng, size_px)
     heads, placed = [], []
-    for subject, mesh, spot in zip(subjects, meshes, spots, strict=True):
-        depth_m = focal_px * HEAD_HEIGHT_M / spot.px
-        rotation, bust_rotation = sample_rotations(rng, camera_pitch_deg)
-        posed = _bend(mesh, rotation, bust_rotation, _unproject(spot, depth_m, focal_px, size_px))
+    for k, spot in enumerate(spots):
+        centre = _unproject(spot, focal_px * HEAD_HEIGHT_M / spot.px, focal_px, size_px)
+        head, bust = (m @ pose.HEAD_TO_CAMERA for m in (cast.rotations[k], cast.bust_rotations[k]))
+        posed = bend(cast.meshes[k], head, bust, _PIVOT, centre)
         posed, box = _into_frame(posed, focal_px, size_px)
-        heads.append(PlacedHead(subject, rotation, box))
+        heads.append(PlacedHead(cast.subjects[k], cast.rotations[k], box))
         placed.append(posed)
-    for (colour, shape), spot in zip(things, solid_spots, strict=True):
-        depth_m = rng.uniform(0.8, 1.25) * focal_px * HEAD_HEIGHT_M / float(np.mean([s.px for s in spots]))
+    nearest_m, farthest_m = (focal_px * HEAD_HEIGHT_M / pick(spot.px for spot in spots) for pick in (max, min))
+    for mesh, spot in zip(cast.solid_meshes, solid_spots, strict=True):
+        # Well before or well behind the busts, so that nothing is stuck in anything.
+        depth_m = 0.6 * nearest_m if rng.random() < 0.6 else 1.45 * farthest_m
         centre = _unproject(spot, depth_m, focal_px, size_px)
-        placed.append(solids.make_solid(colour, shape, spot.px / focal_px * depth_m, centre, rng))
+        placed.append(moved(mesh, shift=centre, scale=spot.px / focal_px * depth_m / 2))
     batch = _gather(placed)
     seen = see(batch, focal_px, size_px)
-    return _measure(Scene("", focal_px, heads, [PlacedSolid(f"{c} {s}") for c, s in things], batch, seen), size_px)
+    named = [PlacedSolid(f"{colour} {shape}") for colour, shape in cast.solids]
+    return _measure(Scene(group, focal_px, heads, named, batch, seen))
 
 
 def _place_heads(count: int, rng: Rng, size_px: int) -> list[_Spot]:
@@ -217,33 +227,16 @@ def _unproject(spot: _Spot, depth_m: float, focal_px: float, size_px: int) -> Ar
     return np.array([(spot.x - half) / focal_px, (spot.y - half) / focal_px, 1.0]) * depth_m
 
 
-def _bend(mesh: Mesh, rotation: Array, bust_rotation: Array, centre: Array) -> Mesh:
-    """The mesh in camera coordinates: head by `rotation`, bust by `bust_rotation`, the neck between them."""
-    head = (rotation @ pose.HEAD_TO_CAMERA).astype(np.float32)
-    bust = (bust_rotation @ pose.HEAD_TO_CAMERA).astype(np.float32)
-    share = mesh.rigid[:, None]
-    joint = (head @ _PIVOT - bust @ _PIVOT).astype(np.float32)
-    position = (mesh.position @ head.T) * share + (mesh.position @ bust.T + joint) * (1 - share)
-    normal = (mesh.normal @ head.T) * share + (mesh.normal @ bust.T) * (1 - share)
-    return replace(mesh, position=position + centre.astype(np.float32), normal=normal)
-
-
 def _into_frame(mesh: Mesh, focal_px: float, size_px: int) -> tuple[Mesh, Box]:
     """The head shifted, where needed, so that its box lies inside the image; and the box."""
-    points = mesh.position[mesh.boxed]
-    low, high = _extent(points, focal_px, size_px)
+    low, high, near_m = project_extent(mesh, focal_px, size_px)
     over = np.maximum(0.0, 1.0 - low) - np.maximum(0.0, high - (size_px - 1.0))
     if np.any(over):
-        shift = np.append(over * float(points[:, 2].mean()) / focal_px, 0.0).astype(np.float32)
+        shift = np.append(over * near_m / focal_px, 0.0).astype(np.float32)
         mesh = replace(mesh, position=mesh.position + shift)
-        low, high = _extent(mesh.position[mesh.boxed], focal_px, size_px)
+        low, high, _ = project_extent(mesh, focal_px, size_px)
     low, high = np.clip(low, 0.0, size_px), np.clip(high, 0.0, size_px)
     return mesh, (float(low[0]), float(low[1]), float(high[0]), float(high[1]))
-
-
-def _extent(points: Array, focal_px: float, size_px: int) -> tuple[Array, Array]:
-    pixels = points[:, :2].astype(float) / points[:, 2:] * focal_px + size_px / 2
-    return pixels.min(0), pixels.max(0)
 
 
 def _gather(meshes: list[Mesh]) -> Batch:
@@ -265,23 +258,13 @@ def _gather(meshes: list[Mesh]) -> Batch:
     )
 
 
-def _measure(scene: Scene, size_px: int) -> Scene:
+def _measure(scene: Scene) -> Scene:
     """The scene with what the id map tells: visible shares, and the solids' visible boxes."""
-    samples_px = scene.seen.face.shape[0] / size_px
-    slots = scene.seen.slots(scene.batch)
-    heads = [replace(head, visible=_share(scene.seen, slots == k, k)) for k, head in enumerate(scene.heads)]
+    count = len(scene.heads)
+    shares, boxes = measure(scene.batch, scene.seen, count + len(scene.solids))
+    heads = [replace(head, visible=float(share)) for head, share in zip(scene.heads, shares[:count], strict=True)]
     found = []
-    for k, solid in enumerate(scene.solids, len(heads)):
-        seen_here = slots == k
-        rows, columns = (np.flatnonzero(seen_here.any(axis)) / samples_px for axis in (1, 0))
-        box = None
-        if len(rows):
-            step = 1 / samples_px
-            box = (float(columns[0]), float(rows[0]), float(columns[-1] + step), float(rows[-1] + step))
-        found.append(replace(solid, box=box, visible=_share(scene.seen, seen_here, k)))
+    for solid, share, box in zip(scene.solids, shares[count:], boxes[count:], strict=True):
+        x0, y0, x1, y1 = (float(edge) for edge in box)
+        found.append(replace(solid, box=(x0, y0, x1, y1) if share > 0 else None, visible=float(share)))
     return replace(scene, heads=heads, solids=found)
-
-
-def _share(seen: Visibility, seen_here: Array, slot: int) -> float:
-    alone = int(np.count_nonzero(seen.covered & np.uint32(1 << slot)))
-    return int(np.count_nonzero(seen_here)) / alone if alone else 0.0

@@ -1,6 +1,8 @@
 """The coloured solids of a scene."""
 
 import functools
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -11,25 +13,25 @@ from shards.sources.synthetic.words import COLOURS
 Array = np.ndarray
 
 
-def make_solid(colour: str, shape: str, height_m: float, centre: Array, rng: np.random.Generator) -> Mesh:
-    """A solid about `height_m` large at `centre` (camera coordinates), leaning and turned at random."""
-    lean = (rng.uniform(-35, 35), rng.uniform(-25, 30), rng.uniform(-35, 35))
-    if shape in ("cube", "ring"):
-        lean = (rng.uniform(-60, 60), *lean[1:])
-    turn = pose.rotation_from_pose(*lean) @ pose.HEAD_TO_CAMERA
-    rgb = np.clip(np.array(COLOURS[colour]) * rng.uniform(0.92, 1.05), 0.0, 1.0)
-    mesh = _unit(shape)
-    mesh = moved(mesh, turn, tuple(centre), height_m / 2)
-    mesh.colour[:] = rgb
-    return mesh
+def make_solids(pairs: Sequence[tuple[str, str]], rng: np.random.Generator) -> list[Mesh]:
+    """A solid about 2 high round the origin for each (colour, shape), leaning and turned at random in camera axes."""
+    lean_deg = rng.uniform((-35, -25, -35), (35, 30, 35), (len(pairs), 3))
+    lean_deg[:, 0] *= [1.7 if shape in ("cube", "ring") else 1.0 for _, shape in pairs]
+    turns = pose.rotation_from_pose(*lean_deg.T) @ pose.HEAD_TO_CAMERA
+    made = []
+    for (colour, shape), turn in zip(pairs, turns, strict=True):
+        mesh = moved(_unit(shape), turn)
+        rgb = np.clip(np.array(COLOURS[colour]) * rng.uniform(0.92, 1.05), 0.0, 1.0)
+        made.append(replace(mesh, colour=np.broadcast_to(rgb.astype(np.float32), mesh.position.shape)))
+    return made
 
 
+@functools.cache
 def _unit(shape: str) -> Mesh:
     points, faces = _points(shape)
     return make_mesh(points, faces, (0.0, 0.0, 0.0), shine=0.18)
 
 
-@functools.cache
 def _points(shape: str) -> tuple[Array, Array]:
     """A solid of about height 2 and the same bulk for every shape."""
     match shape:

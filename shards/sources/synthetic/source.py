@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ class SyntheticSource:
             raise UsageError(f"seed {seed}: it must be 0 or more")
         self.name = f"synthetic-{domain}"
         self.split = split
-        self.scope: dict[str, Any] = {
+        self.scope: Mapping[str, Any] = {
             "domain": domain,
             "scenes": scenes,
             "seed": seed,

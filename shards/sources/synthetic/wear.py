@@ -50,7 +50,7 @@ def hair_and_hat(style: str, skull: Skull, hair: Array, rng: np.random.Generator
         case "cap":
             return [_crown(skull, hat, 1.07, rng), _visor(skull, hat * 0.8)]
         case "brim":
-            return [_crown(skull, hat, 1.09, rng), _brim(skull, hat * 0.85, reach=0.045, drop=0.004)]
+            return [_crown(skull, hat, 1.07, rng), _brim(skull, hat * 0.85, reach=0.036, drop=0.004)]
         case _:
             return []
 
@@ -85,7 +85,7 @@ def _bun(skull: Skull, colour: Array, rng: np.random.Generator) -> Mesh:
 
 def _crown(skull: Skull, colour: Array, loose: float, rng: np.random.Generator) -> Mesh:
     rows = []
-    edge, top = _hat_edge(skull), skull.top + rng.uniform(0.012, 0.03)
+    edge, top = _hat_edge(skull), skull.top + rng.uniform(0.008, 0.022)
     for level in np.linspace(0.0, 1.0, 9):
         width = np.sqrt(1.0 - (1.0 - level) ** 2.4)
         rows.append((top + (edge - top) * level, skull.half_width * loose * width, skull.half_depth * loose * width))
