@@ -64,7 +64,7 @@ class _LineBar(Bar):
 
     def __init__(self, description: str, total: int | None, stream: TextIO) -> None:
         self._description, self._total, self._stream = description, total, stream
-        self._done, self._text = 0, ""
+        self._done, self._shown, self._text = 0, 0, ""
         self._start_s = self._shown_s = time.monotonic()
 
     def advance(self, count: int = 1) -> None:
@@ -76,11 +76,11 @@ class _LineBar(Bar):
         self._text = text
 
     def close(self) -> None:
-        if self._shown_s > self._start_s:
+        if self._shown not in (0, self._done):
             self._show()
 
     def _show(self) -> None:
-        self._shown_s = time.monotonic()
+        self._shown_s, self._shown = time.monotonic(), self._done
         elapsed_s = max(self._shown_s - self._start_s, 1e-9)
         print(line(self._description, self._done, self._total, elapsed_s, self._text), file=self._stream, flush=True)
 

@@ -1,4 +1,4 @@
-"""Runs a launcher and stands between it and the signals: every rank hears them, and none outlives the run."""
+"""Signals, on both sides: `run` passes them to every rank and sees that none outlives the run; `StopFlag` hears them."""
 
 import contextlib
 import ctypes
@@ -13,10 +13,29 @@ from launcher.command import Command
 from launcher.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USAGE
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-_REPEAT_S = 5.0
 _GRACE_S = 5.0
 _SAVE_S = 30.0
 _PR_SET_CHILD_SUBREAPER = 36
+
+
+class StopFlag:
+    """What a rank knows of requests to stop. Made first of all in a program, before its slow imports.
+
+    Ranks hear of a request at different times, so they agree on it (`Comm.agree`) at a step's border.
+    """
+
+    def __init__(self) -> None:
+        self.raised = False
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._raise)
+
+    def _raise(self, _number: int, _frame: FrameType | None) -> None:
+        self.raised = True
+
+    def leave(self) -> None:
+        """All is saved: from here to the end of the process a request changes nothing, not even the exit code."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def run(command: Command, *, graceful: bool) -> int:
@@ -83,13 +102,7 @@ class _Ranks:
             _say(f"{signal.Signals(number).name}: asking the ranks to save and stop; once more to end them now")
 
     def wait(self) -> int:
-        while True:
-            try:
-                return self._launcher.wait(timeout=_REPEAT_S)
-            except subprocess.TimeoutExpired:
-                # A rank that was still importing has not heard the first request: it is made until it is met.
-                if self._graceful and self._requests == 1:
-                    self._signal(signal.SIGUSR1)
+        return self._launcher.wait()
 
     def end_all(self) -> bool:
         """End what is left of the group; whether there was something that did not leave by itself."""

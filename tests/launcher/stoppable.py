@@ -4,27 +4,28 @@ Writes `<rank>.pid` once it listens and `<rank>.saved` when it has been asked.
 """
 
 import os
-import signal
 import sys
 import time
 from pathlib import Path
 
-_flag = []
+from launcher.supervise import StopFlag
 
 
 def main(out: Path, way: str) -> int:
     rank = os.environ.get("RANK", "0")
-    if way != "deaf":
-        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, frame: _flag.append(number))
+    flag = None if way == "deaf" else StopFlag()
     (out / f"{rank}.pid").write_text(str(os.getpid()))
     if way.startswith("exit-"):
         return int(way.removeprefix("exit-"))
     deadline_s = time.monotonic() + 60
-    while not _flag and time.monotonic() < deadline_s:
+    while not (flag and flag.raised) and time.monotonic() < deadline_s:
         time.sleep(0.05)
     time.sleep(1.0)
-    (out / f"{rank}.saved").write_text(",".join(map(str, _flag)))
+    (out / f"{rank}.saved").touch()
+    if flag:
+        flag.leave()
+    if way == "linger":
+        time.sleep(3.0)
     return 85
 
 

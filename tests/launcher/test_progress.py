@@ -46,6 +46,7 @@ def test_log_lines_come_seldom_and_the_last_one_is_complete(monkeypatch: pytest.
     lines = stream.getvalue().splitlines()
     assert 10 < len(lines) < 50
     assert lines[-1].startswith("read: 100/100 (100 %)")
+    assert len(set(lines)) == len(lines)
 
 
 def test_short_work_and_other_ranks_say_nothing() -> None:
