@@ -43,11 +43,14 @@ def draw_record(image: Pixels, known: Record) -> Pixels:
     scale = max(1, -(-_LEAST_TILE_PX // max(image.shape[:2])))
     picture = Image.fromarray(image).resize((image.shape[1] * scale, image.shape[0] * scale), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(picture)
-    for thing in known.objects:
-        _box(draw, [v * scale for v in thing.bbox], _OBJECT_BOX, thing.expression)
+    for bbox in dict.fromkeys(thing.bbox for thing in known.objects):
+        names = " / ".join(thing.expression for thing in known.objects if thing.bbox == bbox)
+        _box(draw, [v * scale for v in bbox], _OBJECT_BOX, names)
     for head in known.heads:
         x0, y0, x1, y1 = (v * scale for v in head.bbox)
-        _box(draw, (x0, y0, x1, y1), _HEAD_BOX, " ".join(f"{angle:+.0f}" for angle in head.pose_deg))
+        _box(draw, (x0, y0, x1, y1), _HEAD_BOX)
+        # At the lower edge: above the box its expression may stand.
+        _words(draw, (x0 + 3, y1 - 17), _HEAD_BOX, " ".join(f"{angle:+.0f}" for angle in head.pose_deg))
         _axes(draw, head.matrix, ((x0 + x1) / 2, (y0 + y1) / 2), 0.6 * max(x1 - x0, y1 - y0))
     return np.array(picture)
 
@@ -92,13 +95,15 @@ def _axes(draw: ImageDraw.ImageDraw, rotation: np.ndarray, centre: tuple[float, 
         draw.line((x, y, x + length * axis[0], y + length * axis[1]), fill=colour, width=max(2, round(length / 30)))
 
 
-def _box(draw: ImageDraw.ImageDraw, bbox: Sequence[float], colour: Colour, text: str) -> None:
+def _box(draw: ImageDraw.ImageDraw, bbox: Sequence[float], colour: Colour, text: str = "") -> None:
     x0, y0, x1, y1 = bbox
     draw.rectangle((x0, y0, x1, y1), outline=colour, width=2)
-    if text:
-        # Inside the box where there is no room above it.
-        anchor = (x0 + 2, y0 - 14 if y0 >= 14 else y0 + 2)
-        draw.text(anchor, text, fill=colour, font=_font(), stroke_width=1, stroke_fill=(0, 0, 0))
+    # Inside the box where there is no room above it.
+    _words(draw, (x0 + 2, y0 - 14 if y0 >= 14 else y0 + 2), colour, text)
+
+
+def _words(draw: ImageDraw.ImageDraw, place: tuple[float, float], colour: Colour, text: str) -> None:
+    draw.text(place, text, fill=colour, font=_font(), stroke_width=1, stroke_fill=(0, 0, 0))
 
 
 def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

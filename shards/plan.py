@@ -63,7 +63,15 @@ class Plan:
 
     def batch_at(self, n: int) -> list[Slot]:
         """The B slots of global batch n, in order."""
-        positions = np.arange(n * self.batch, (n + 1) * self.batch, dtype=np.int64)
+        return self.slots(range(n * self.batch, (n + 1) * self.batch))
+
+    def share_at(self, n: int, rank: int, size: int) -> list[Slot]:
+        """`rank`'s slots of global batch n: rank_share of batch_at(n), without working out the other ranks' slots."""
+        return self.slots(rank_share(range(n * self.batch, (n + 1) * self.batch), rank, size))
+
+    def slots(self, row: Sequence[int]) -> list[Slot]:
+        """The slots at the given positions of the stream."""
+        positions = np.asarray(row, np.int64)
         period, phase = np.divmod(positions, len(self.pattern))
         sets = self.pattern[phase]
         draws = period * np.asarray(self.weights, np.int64)[sets] + self._before[phase, sets]

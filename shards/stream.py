@@ -137,7 +137,7 @@ class _PlannedBatch:
         self._reader, self._plan, self._rank, self._size, self._flip = reader, plan, rank, size, flip
 
     def __call__(self, n: int) -> list[Item]:
-        share = rank_share(self._plan.batch_at(n), self._rank, self._size)
+        share = self._plan.share_at(n, self._rank, self._size)
         seed = self._plan.seed
         return [self._reader.item(slot, self._flip and is_mirrored(seed, slot.position)) for slot in share]
 

@@ -137,3 +137,21 @@ def test_folders_with_and_without_ratio(tmp_path: Path) -> None:
     assert set_and_ratio("data/a") == (Path("data/a"), 1.0)
     assert set_and_ratio(str(odd)) == (odd, 1.0)
     assert set_and_ratio(f"{odd}:2") == (odd, 2.0)
+
+
+@pytest.mark.slow
+def test_rendered_scenes_are_the_same_bytes_over_two_ranks(tmp_path: Path) -> None:
+    """The whole way as users go it: source, mpirun, build, verify."""
+    flags = ["build", "synthetic", "--scenes", "6", "--image-size", "64", "--samples-per-shard", "2", "--out"]
+    assert program(*flags, str(tmp_path / "one")).returncode == 0
+    mpirun = [str(Path(sys.executable).with_name("mpirun")), "-np", "2", sys.executable, "-m", "shards"]
+    both = subprocess.run(
+        [*mpirun, *flags, str(tmp_path / "two")], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert both.returncode == 0, both.stderr
+    one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
+    assert one == two and len(one) == 3 + 2
+    checked = subprocess.run(
+        [*mpirun, "verify", str(tmp_path / "two")], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert checked.returncode == 0 and checked.stdout.count("good") == 1, checked.stdout + checked.stderr

@@ -24,7 +24,7 @@ def test_a_shuffle_is_a_permutation(size: int, seed: int, epoch: int) -> None:
 
 
 @given(sizes_and_ratios, seeds, st.integers(1, 20))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 def test_every_epoch_of_a_set_has_each_sample_once(mix: list[tuple[int, int]], seed: int, batch: int) -> None:
     sizes, ratios = zip(*mix, strict=True)
     plan = Plan(sizes, ratios, seed, batch)
@@ -68,6 +68,8 @@ def test_ranks_share_a_batch_in_order_without_gap_or_overlap(share: int, size: i
     parts = [rank_slots(slots, rank, size, micro) for rank in range(size)]
     assert [slot for rank in parts for batch in rank for slot in batch] == slots
     assert {tuple(map(len, rank)) for rank in parts} == {tuple(map(len, parts[0]))}
+    plan = Plan([50], [1.0], 3, share * size)
+    assert [plan.share_at(4, rank, size) for rank in range(size)] == [sum(map(list, part), []) for part in parts]
 
 
 def test_five_hundred_and_twelve_ranks() -> None:
