@@ -24,7 +24,7 @@ def test_a_shuffle_is_a_permutation(size: int, seed: int, epoch: int) -> None:
 
 
 @given(sizes_and_ratios, seeds, st.integers(1, 20))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_every_epoch_of_a_set_has_each_sample_once(mix: list[tuple[int, int]], seed: int, batch: int) -> None:
     sizes, ratios = zip(*mix, strict=True)
     plan = Plan(sizes, ratios, seed, batch)
@@ -38,7 +38,6 @@ def test_every_epoch_of_a_set_has_each_sample_once(mix: list[tuple[int, int]], s
 
 
 @given(sizes_and_ratios, seeds)
-@settings(deadline=None)
 def test_ratios_are_exact_in_each_period_and_even_within(mix: list[tuple[int, int]], seed: int) -> None:
     sizes, ratios = zip(*mix, strict=True)
     plan = Plan(sizes, ratios, seed, batch=7)
@@ -53,7 +52,6 @@ def test_ratios_are_exact_in_each_period_and_even_within(mix: list[tuple[int, in
 
 
 @given(sizes_and_ratios, seeds, st.integers(1, 12), st.integers(0, 10**9))
-@settings(deadline=None)
 def test_any_batch_size_cuts_the_same_row(mix: list[tuple[int, int]], seed: int, batch: int, n: int) -> None:
     sizes, ratios = zip(*mix, strict=True)
     cut = Plan(sizes, ratios, seed, batch).batch_at(n)
