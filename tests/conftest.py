@@ -17,7 +17,6 @@ from tiny_source import TinySource
 from launcher.comm import single
 from shards.write import build
 
-
 # How long an example takes says more about the machine than about the code.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
