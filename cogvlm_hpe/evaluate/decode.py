@@ -134,7 +134,7 @@ def decode_batch(loaded: "Loaded", items: Sequence[Item], tasks: Sequence[Task],
     for start in range(0, len(asked), decoding.questions):
         part = asked[start : start + decoding.questions]
         needed = sorted({number for number, _ in part})
-        pixels = torch.stack([items[number].image for number in needed])
+        pixels = torch.stack([image for number in needed if (image := items[number].image) is not None])
         texts = answer_texts(
             loaded,
             normalise(pixels).to(weight.device, weight.dtype),

@@ -123,7 +123,7 @@ def _per_group(values: Array, groups: Sequence[str]) -> tuple[Array, Array]:
     if len(values) == 0 or len(values) != len(groups):
         raise ValueError(f"{len(values)} values and {len(groups)} groups: at least one value and one group for each")
     _, index = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
-    return np.bincount(index, weights=values), np.bincount(index).astype(float)
+    return np.bincount(index, weights=values).astype(np.float64), np.bincount(index).astype(np.float64)
 
 
 def _resampled(statistic: Callable[[NDArray[np.int64]], Array], n: int, resamples: int, seed: int) -> Array:

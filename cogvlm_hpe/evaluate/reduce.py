@@ -1,5 +1,6 @@
 """From the ranks' parts to one result folder whose bytes do not depend on how many ranks there were."""
 
+import io
 import json
 import platform
 import sys
@@ -9,11 +10,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from cogvlm_hpe.evaluate.summary import Row, summarise
 from launcher.comm import Comm
 from launcher.files import atomic_folder, write_json_atomic
 
 PREDICTIONS, METRICS, RUN = "predictions.jsonl", "metrics.json", "run.json"
+_HEADS = 8
 _PACKAGES = ("torch", "transformers", "peft", "numpy", "mpi4py")
 
 Part = tuple[int, list[Row]]
@@ -47,13 +52,13 @@ def write_result(out: Path, rows: Sequence[Row], header: dict[str, Any], run: di
             file.writelines(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows)
         write_json_atomic(folder / METRICS, result)
         write_json_atomic(folder / RUN, run)
-        _write_tensorboard(folder / "tensorboard", result)
+        _write_tensorboard(folder, result)
     return result
 
 
 def run_facts(comm: Comm, threads: int, start_s: float, **more: Any) -> dict[str, Any]:
     """What run.json says: how, where and when the result was made."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in _PACKAGES:
         try:
             versions[name] = metadata.version(name)
@@ -95,7 +100,13 @@ def headline(tasks: dict[str, Any]) -> dict[str, float]:
 def _write_tensorboard(folder: Path, result: dict[str, Any]) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(folder))
+    from cogvlm_hpe.evaluate.plots import head_sheet
+    from cogvlm_hpe.evaluate.results import Result
+
+    writer = SummaryWriter(str(folder / "tensorboard"))
+    sheet = head_sheet([Result(folder, str(result.get("system")), result)], _HEADS) if "set" in result else None
+    if sheet is not None:
+        writer.add_image("evaluate/heads", np.array(Image.open(io.BytesIO(sheet))), 0, dataformats="HWC")
     for name, value in headline(result["tasks"]).items():
         writer.add_scalar(f"evaluate/{name}", value, 0)
     for edge in result["tasks"].get("pose", {}).get("by_yaw", []):

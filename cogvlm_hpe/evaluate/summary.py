@@ -52,7 +52,7 @@ def _pose_scores(rows: list[Row]) -> dict[str, Any]:
     groups = [row["key"] for row in rows]
     truth, predicted = pose_triples(rows, "truth"), pose_triples(rows, "parsed")
     charged, constant = charged_triples(rows)
-    valid = ~np.isnan(predicted).any(axis=1)
+    valid = np.isfinite(predicted.sum(axis=1))
     error = metrics.geodesic_errors_deg(charged, truth)
     floor = metrics.geodesic_errors_deg(np.broadcast_to(constant, truth.shape), truth)
     sizes = np.array([row["head_height"] for row in rows])
@@ -60,7 +60,9 @@ def _pose_scores(rows: list[Row]) -> dict[str, Any]:
         "n": len(rows),
         "n_valid": int(valid.sum()),
         "format": format_shares(rows),
-        "valid": _errors(predicted[valid], truth[valid], [g for g, ok in zip(groups, valid, strict=True) if ok]),
+        "valid": _errors(
+            predicted[valid], truth[valid], [g for g, ok in zip(groups, valid.tolist(), strict=True) if ok]
+        ),
         "all": _errors(charged, truth, groups),
         "constant_pose": {
             "pose": dict(zip(ANGLES, constant.tolist(), strict=True)),
@@ -99,7 +101,7 @@ def _bins(values: Array, edges: Sequence[float], error: Array, floor: Array, gro
     result = []
     for low, high, mask in metrics.bin_masks(values, edges):
         inside = [g for g, here in zip(groups, mask, strict=True) if here]
-        scores = {"geodesic_mean": None, "ci95": None, "constant_pose": None}
+        scores: dict[str, Any] = {"geodesic_mean": None, "ci95": None, "constant_pose": None}
         if inside:
             estimate = _estimate(error[mask], inside)
             scores = {

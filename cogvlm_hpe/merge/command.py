@@ -1,6 +1,7 @@
 """`cogvlm-hpe merge`: adapters and their base in, one adapter folder out."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
 
 HELP = "merge adapters with their base: layer by layer, or by task arithmetic"
 METHODS = ("layerwise", "task-arithmetic")
+_LOG_WIDTH = 130
 GRANULARITIES = ("projection", "module", "block")
 
 
@@ -78,11 +80,12 @@ def _show(merged: "Merged", out: Path) -> None:
 
     from cogvlm_hpe.merge.report import winner
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else _LOG_WIDTH)
     if merged.choices:
         table = Table(title=f"Similarity threshold {merged.record['threshold']:.6g}")
-        for heading, justify in (("layer", "left"), ("similarity", "right"), ("winner", "left")):
-            table.add_column(heading, justify=justify, overflow="fold")
+        table.add_column("layer", overflow="fold")
+        table.add_column("similarity", justify="right")
+        table.add_column("winner")
         for choice in merged.choices:
             style = None if choice.tuned else "dim"
             table.add_row(choice.layer, f"{choice.similarity:.6f}", winner(choice), style=style)

@@ -137,7 +137,7 @@ def _pattern(config: Mapping[str, Any], key: str, name: str, default: Any) -> An
     from peft.utils.other import get_pattern_key  # peft's own rule, so that both read a pattern alike
 
     pattern = config.get(key) or {}
-    return pattern.get(get_pattern_key(pattern, name), default)
+    return pattern.get(get_pattern_key(list(pattern), name), default)
 
 
 def write_adapter(folder: Path, factors: Factors, like: Adapter, base: Path, merge: Mapping[str, Any]) -> None:

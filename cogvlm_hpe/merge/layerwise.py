@@ -16,6 +16,7 @@ import torch
 from cogvlm_hpe.merge.base import Base
 from cogvlm_hpe.merge.factors import Factor, Factors
 from launcher.errors import UsageError, UserError
+from launcher.progress import track
 
 Granularity = Literal["projection", "module", "block"]
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
@@ -84,7 +85,7 @@ def group_of(layer: str, granularity: Granularity) -> str:
 def similarities(base: Base, factors: Factors, granularity: Granularity) -> dict[str, float]:
     """Cosine of each group; the base is read once, a block of rows at a time. Raises UserError on NaN."""
     sums: dict[str, Moments] = {}
-    for layer, factor in sorted(factors.items()):
+    for layer, factor in track(sorted(factors.items()), "read base"):
         group = group_of(layer, granularity)
         sums[group] = sums.get(group, Moments(0.0, 0.0, 0.0)) + moments(base.rows(layer, factor), factor)
     found = {group: total.cosine for group, total in sums.items()}
@@ -103,7 +104,7 @@ def threshold_of(found: Mapping[str, float], threshold: float | None, quantile: 
     quantile = DEFAULT_QUANTILE if quantile is None else quantile
     if not 0.0 <= quantile <= 1.0:
         raise UsageError(f"--quantile {quantile}: must be within [0, 1]")
-    return float(np.quantile(list(found.values()), quantile, method="lower"))
+    return float(np.quantile(list(found.values()), quantile, method="higher"))
 
 
 def choose(factors: Factors, found: Mapping[str, float], threshold: float, granularity: Granularity) -> list[Choice]:

@@ -2,17 +2,21 @@
 
 import json
 from argparse import ArgumentParser
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_model import write_tiny_model
 from torch import nn
 
 from cogvlm_hpe.merge import arithmetic, command, factors, layerwise
 from cogvlm_hpe.merge.base import Base
 from cogvlm_hpe.model.fingerprint import fingerprint
+from cogvlm_hpe.model.load import load
+from cogvlm_hpe.train.adapter import target_modules
 from launcher.errors import UsageError, UserError
 
 TARGETS = ["query_key_value", "dense", "up_proj"]
@@ -178,7 +182,7 @@ def test_winner_takes_all_keeps_whole_layers_and_plain_peft_loads_them(tmp_path:
         assert layer["winner"] == ("tuned" if stays else "base")
         wanted = tuned[layer["layer"]] if stays else plain[f"{layer['layer']}.weight"]
         torch.testing.assert_close(after[layer["layer"]], wanted, rtol=0, atol=1e-12)
-    assert merge["tuned"] == sum(layer["winner"] == "tuned" for layer in merge["layers"]) == 5
+    assert merge["tuned"] == sum(layer["winner"] == "tuned" for layer in merge["layers"]) == 4
 
 
 def test_the_folder_holds_all_its_files_and_carries_hpe_json_over(tmp_path: Path, base: Base) -> None:
@@ -301,3 +305,36 @@ def run(base: Base, adapters: list[Path], out: Path, *flags: str) -> int:
     command.add_arguments(parser)
     named = [word for path in adapters for word in ("--adapter", str(path))]
     return command.run(parser.parse_args(["--base", str(base.path), *named, "--out", str(out), *flags]))
+
+
+@pytest.mark.slow
+def test_a_merged_adapter_answers_as_its_layers_say(tmp_path: Path, tiny_set: Callable[..., Path]) -> None:
+    base = write_tiny_model(tmp_path / "base", tiny_set(samples=8), steps=0)
+    lora = _cogvlm_adapter(base, tmp_path / "lora")
+    pixels, prompts = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0)), [[5, 9, 300], [7, 8]]
+
+    def answers(adapter: Path | None) -> list[list[int]]:
+        return load(base, adapter).model.answer(pixels, [0, 0], prompts, 12)
+
+    run(Base(base), [lora], tmp_path / "all", "--quantile", "0")
+    run(Base(base), [lora], tmp_path / "none", "--method", "task-arithmetic", "--weight", "0")
+    run(Base(base), [lora], tmp_path / "half")
+    assert answers(tmp_path / "all") == answers(lora) != answers(None) == answers(tmp_path / "none")
+    kept = load(base, tmp_path / "half").model
+    tuned = sorted(name for name, module in kept.named_modules() if hasattr(module, "lora_A"))
+    assert tuned == json.loads((tmp_path / "half" / "adapter_config.json").read_text())["target_modules"]
+    assert kept.adapter_scope == "text" and len(tuned) == 2
+
+
+def _cogvlm_adapter(base: Path, folder: Path) -> Path:
+    model = load(base).model
+    lora = peft.LoraConfig(r=4, target_modules=target_modules(model, ["language.attention"]))
+    tuned = peft.get_peft_model(model, lora)
+    generator = torch.Generator().manual_seed(1)
+    for name, weight in tuned.named_parameters():
+        if "lora_" in name:
+            weight.data = torch.randn(weight.shape, generator=generator) * 0.3
+    tuned.save_pretrained(folder)
+    notes = {"scope": "text", "answer_format": "offset", "base_fingerprint": fingerprint(base)}
+    (folder / "hpe.json").write_text(json.dumps(notes))
+    return folder
