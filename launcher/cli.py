@@ -85,7 +85,9 @@ def _parser() -> argparse.ArgumentParser:
             one.add_argument("--nproc", type=int, metavar="N", help="ranks (default: Slurm's tasks, or one per GPU)")
             one.add_argument("--hostfile", type=Path, metavar="FILE", help="machines, one `host slots=N` a line")
             one.add_argument("--mpi", metavar="TYPE", default="pmi2", help="srun's --mpi for MPI jobs (default: pmi2)")
-        if name != "tensorboard":
+        if name == "evaluate":
+            one.set_defaults(threads=None)  # it has --threads of its own, on which its bytes depend
+        elif name != "tensorboard":
             one.add_argument("--threads", type=int, metavar="N", help="CPU threads of a rank (default: an equal share)")
         one.add_argument("--dry-run", action="store_true", help="print the exact command and run nothing")
     return parser

@@ -1,4 +1,4 @@
-"""Signals, on both sides: `run` passes them to every rank and sees that none outlives the run; `StopFlag` hears them."""
+"""Signals, on both sides: `run` passes them on to every rank and leaves none behind, `StopFlag` hears them."""
 
 import contextlib
 import ctypes

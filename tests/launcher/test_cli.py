@@ -31,10 +31,14 @@ def test_train_goes_through_deepspeed() -> None:
 
 def test_evaluate_and_shards_go_through_mpirun() -> None:
     evaluated = launch("evaluate", "--nproc", "2", "--model", "m", "--limit", "3", "--threads", "5", "--dry-run")
-    assert "/mpirun -np 2 " in evaluated.stdout and "OMP_NUM_THREADS=5" in evaluated.stdout
-    assert evaluated.stdout.endswith("-m cogvlm_hpe evaluate --model m --limit 3\n")
-    built = launch("shards", "build", "synthetic", "--out", "o", "--nproc", "3", "--dry-run")
-    assert "/mpirun -np 3 " in built.stdout and built.stdout.endswith("-m shards build synthetic --out o\n")
+    assert "/mpirun -np 2 " in evaluated.stdout and "OMP_NUM_THREADS=" in evaluated.stdout
+    assert evaluated.stdout.endswith("-m cogvlm_hpe evaluate --model m --limit 3 --threads 5\n")
+    built = launch("shards", "build", "synthetic", "--out", "o", "--nproc", "3", "--threads", "4", "--dry-run")
+    assert (
+        "/mpirun -np 3 " in built.stdout
+        and "OMP_NUM_THREADS=4" in built.stdout
+        and built.stdout.endswith("-m shards build synthetic --out o\n")
+    )
 
 
 def test_inside_slurm_everything_goes_through_srun(tmp_path: Path) -> None:

@@ -4,9 +4,13 @@ set -eu
 need="slurmctld slurmd sbatch munged"
 missing() { for name in $need; do PATH="$PATH:/usr/sbin:/sbin" command -v "$name" >/dev/null || printf ' %s' "$name"; done; }
 
+if [ "$(id -u)" != 0 ]; then
+    echo "test-slurm: a private Slurm needs root (device files, munge); run it in a container" >&2
+    exit 1
+fi
 [ -z "$(missing)" ] && exit 0
-if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
-    echo "test-slurm: missing$(missing): as root run: apt-get install slurmctld slurmd slurm-client munge" >&2
+if ! command -v apt-get >/dev/null; then
+    echo "test-slurm: missing$(missing): install slurmctld, slurmd, slurm-client and munge; without apt-get this script cannot" >&2
     exit 1
 fi
 echo "== installing Slurm with apt-get"

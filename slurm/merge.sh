@@ -1,0 +1,14 @@
+#!/bin/bash
+# Merges adapters: sbatch [options] slurm/merge.sh --base DIR --adapter DIR … --method layerwise --out DIR
+#SBATCH --job-name=hpe-merge
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --cpus-per-task=16     # it works in memory on the CPU
+#SBATCH --mem=64G
+#SBATCH --time=2:00:00
+#SBATCH --output=%x-%j.log
+set -u
+common=${HPE_HOME:-$SLURM_SUBMIT_DIR}/slurm/common.sh
+[ -f "$common" ] || { echo "no $common: run sbatch from the project's root, or set HPE_HOME to it" >&2; exit 2; }
+. "$common"
+exec "$launch" merge "$@"

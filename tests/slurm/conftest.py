@@ -1,0 +1,16 @@
+"""One private Slurm for all tests of the batch scripts."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from private_slurm import Slurm, missing_programs, private_slurm
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[Slurm]:
+    """Two idle nodes."""
+    if os.geteuid() != 0 or missing_programs():
+        pytest.skip("a private Slurm needs root, slurmctld, slurmd and munge; make test-slurm sees to it")
+    with private_slurm() as running:
+        yield running
