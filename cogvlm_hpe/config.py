@@ -9,6 +9,9 @@ from typing import Any, Literal
 from cogvlm_hpe.dialogue import DEFAULT_PROMPTS, AnswerFormat, Task
 from launcher.errors import UsageError
 
+MIN_VISIBLE = 0.5
+"""Heads less visible than this are neither taught nor judged, unless a config says otherwise."""
+
 
 @dataclass
 class ModelConfig:
@@ -89,9 +92,26 @@ class ShardsConfig:
     seed: int = 1
     workers: int = 0
     questions: int = 8
-    min_visible: float = 0.5
+    min_visible: float = MIN_VISIBLE
     flip: bool = True
     on_bad_sample: Literal["fail", "skip"] = "fail"
+
+
+@dataclass
+class AuxiliaryConfig:
+    """Extra losses that help a small base to see and to look; never part of the reported loss.
+
+    Args:
+        dense: weight of what stands at each patch (kind, colour, box, head axes)
+        guidance: weight of attention that should fall on what the question is about
+        guided_layer: decoder layer whose heads are guided, from 0
+        guided_heads: how many of its heads
+    """
+
+    dense: float = 0.3
+    guidance: float = 0.3
+    guided_layer: int = 2
+    guided_heads: int = 2
 
 
 @dataclass
@@ -111,7 +131,7 @@ class TrainConfig:
         micro_batch: images a rank takes at once; gradients are accumulated up to shards.batch
         gradient_checkpointing: recompute layers in the backward pass
         seed: of fresh weights and of dropout
-        auxiliary: weight of the dense loss on image tokens (kind, colour, box, head axes); for base training
+        auxiliary: extra losses for a base that starts from nothing; null for none
         save_every: steps between checkpoints
         keep: checkpoints kept, the newest ones
         log_every: steps between lines in the log and points in TensorBoard
@@ -129,7 +149,7 @@ class TrainConfig:
     micro_batch: int = 2
     gradient_checkpointing: bool = False
     seed: int = 1
-    auxiliary: float = 0.0
+    auxiliary: AuxiliaryConfig | None = None
     save_every: int = 200
     keep: int = 2
     log_every: int = 10
@@ -204,6 +224,8 @@ def check(config: RunConfig) -> None:
         wrong = [t for t in adapter.targets if not t.startswith("language.")]
         if wrong:
             raise UsageError(f"adapter.targets {wrong}: adapter.scope text leaves image tokens alone; use scope all")
+    if train.zero_stage == 0 and config.model.dtype == "bf16":
+        raise UsageError("train.zero_stage 0 with model.dtype bf16: keeps no float32 masters; take stage 1 or fp32")
     if config.model.random_init and adapter:
         raise UsageError("model.random_init with an adapter: a random base is trained whole; leave `adapter` out")
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cogvlm_hpe import dialogue
+from cogvlm_hpe import asking, dialogue
+from cogvlm_hpe.asking import Question
 from cogvlm_hpe.dialogue import Task
 from cogvlm_hpe.evaluate import metrics
 from cogvlm_hpe.evaluate.live import Totals
@@ -20,13 +21,12 @@ from launcher.comm import Comm
 from launcher.progress import Progress
 from shards.index import ShardSet
 from shards.plan import consecutive_batches
-from shards.record import Head, Object, Record
+from shards.record import Head, Record
 from shards.stream import Item, read_all
 
 if TYPE_CHECKING:
     from cogvlm_hpe.model.load import Loaded
 
-MIN_VISIBLE = 0.5
 _DIGITS = 4
 
 
@@ -38,52 +38,42 @@ class Decoding:
     questions: int = 64
 
 
-def judged_heads(record: Record) -> list[tuple[int, Head]]:
-    """(number, head) of the heads whose pose is asked: truly labelled and at least half visible."""
-    return [(i, head) for i, head in enumerate(record.heads) if head.visible >= MIN_VISIBLE and not head.weak]
-
-
 def questions(key: str, record: Record, tasks: Sequence[Task], notes: dict[str, Any]) -> list[Row]:
-    """One unanswered row per head or expression and task, in a fixed order. `notes` holds the prompts."""
+    """One unanswered row per head or expression and task, in a fixed order. `notes` holds prompts and answer format.
+
+    Weak labels are nobody's truth and are not asked about.
+    """
+    asked = asking.questions(record, tasks, notes["prompts"], notes["answer_format"])
     rows = []
-    for task in tasks:
-        if task in ("pose", "facing"):
-            rows += [_head_row(key, i, head, task, record, notes) for i, head in judged_heads(record)]
+    for question in asked:
+        about = question.about
+        if isinstance(about, Head):
+            if not about.weak:
+                rows.append(_row(key, "head", question, record) | {"head_height": _height(about, record)})
         else:
-            rows += [_object_row(key, i, thing, task, record, notes) for i, thing in enumerate(record.objects)]
+            rows.append(_row(key, "object", question, record) | {"size": [record.image.width, record.image.height]})
     return rows
 
 
-def _head_row(key: str, i: int, head: Head, task: Task, record: Record, notes: dict[str, Any]) -> Row:
-    image = record.image
-    box = dialogue.format_box(head.bbox, image.width, image.height)
-    if task == "pose":
-        truth: Any = dict(zip(ANGLES, _rounded(head.pose_deg), strict=True))
-    else:
-        truth = dialogue.facing((-head.matrix[:, 2]).tolist())
+def _row(key: str, kind: str, question: Question, record: Record) -> Row:
+    about = question.about
+    truth: Any = question.answer
+    if question.task == "pose" and isinstance(about, Head):
+        truth = dict(zip(ANGLES, _rounded(about.pose_deg), strict=True))
+    elif question.task == "where":
+        truth = _rounded(about.bbox)
     return {
-        "id": f"{key}/head-{i}",
-        "task": task,
+        "id": f"{key}/{kind}-{question.number}",
+        "task": question.task,
         "key": key,
-        "box": _rounded(head.bbox),
-        "head_height": round((head.bbox[3] - head.bbox[1]) / image.height, _DIGITS),
-        "question": dialogue.ask(task, notes["prompts"], box=box),
+        "box": _rounded(about.bbox),
+        "question": question.query,
         "truth": truth,
     }
 
 
-def _object_row(key: str, i: int, thing: Object, task: Task, record: Record, notes: dict[str, Any]) -> Row:
-    image = record.image
-    box = dialogue.format_box(thing.bbox, image.width, image.height)
-    return {
-        "id": f"{key}/object-{i}",
-        "task": task,
-        "key": key,
-        "box": _rounded(thing.bbox),
-        "size": [image.width, image.height],
-        "question": dialogue.ask(task, notes["prompts"], box=box, expression=thing.expression),
-        "truth": _rounded(thing.bbox) if task == "where" else thing.expression,
-    }
+def _height(head: Head, record: Record) -> float:
+    return round((head.bbox[3] - head.bbox[1]) / record.image.height, _DIGITS)
 
 
 def judge(row: Row, text: str, answer_format: dialogue.AnswerFormat) -> Row:

@@ -41,6 +41,7 @@ class CogVLMOutput(ModelOutput):
     logits: Tensor | None = None
     patches: Tensor | None = None
     image_tokens: Tensor | None = None
+    watched: Tensor | None = None  # (R, heads, L, P) scores of the watched heads on the prefix, before the softmax
 
 
 @dataclass
@@ -119,16 +120,23 @@ class CogVLMModel(CogVLMPreTrainedModel):
                 pairs.append((keys, values))
         return Prefix(pairs, patches, image_tokens[:, 1:-1])
 
-    def run_branches(self, branch_ids: Tensor, prefix: Prefix, image_index: Tensor) -> Tensor:
-        """Right-padded branches (R, L) to their hidden states (R, L, D)."""
+    def run_branches(
+        self, branch_ids: Tensor, prefix: Prefix, image_index: Tensor, watch: tuple[int, int] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Right-padded branches (R, L) to their hidden states (R, L, D), and the scores of the watched heads.
+
+        `watch` is (layer, heads): the first heads of that layer.
+        """
         length = branch_ids.shape[1]
         rope = self.rope(FIRST_TEXT_POSITION + torch.arange(length, device=branch_ids.device))
         seen = branch_mask(prefix.layers[0][0].shape[2], length, branch_ids.device)
-        x = self.embed_tokens(branch_ids)
+        x, watched = self.embed_tokens(branch_ids), None
         for number, layer in enumerate(self.layers):
             past = prefix.of_branches(number, image_index)
-            x, _, _ = self.run_layer(layer, x, rope, TextRouting(), _attend_after(past, seen))
-        return self.norm(x)
+            attend = _AttendAfter(past, seen, watch[1] if watch and watch[0] == number else 0)
+            x, _, _ = self.run_layer(layer, x, rope, TextRouting(), attend)
+            watched = attend.scores if attend.scores is not None else watched
+        return self.norm(x), watched
 
 
 class CogVLMForCausalLM(CogVLMPreTrainedModel):
@@ -161,6 +169,7 @@ class CogVLMForCausalLM(CogVLMPreTrainedModel):
         branch_attention_mask: Tensor | None = None,
         branch_labels: Tensor | None = None,
         all_logits: bool = False,
+        watch: tuple[int, int] | None = None,
     ) -> CogVLMOutput:
         """One conversation a row (`input_ids`, `token_type_ids`, …), or branches that share their images' prefixes.
 
@@ -168,7 +177,7 @@ class CogVLMForCausalLM(CogVLMPreTrainedModel):
         text after eoi, right-padded, at least one token of it without a label; labels unshifted, -100 for no loss.
         `loss` is the mean over answers of the mean cross-entropy of an answer's tokens; `logits` stand at labelled
         positions only, (labels, V), or at all (R, L, V) with `all_logits`. Padding needs no mask: it comes last and
-        attention is causal.
+        attention is causal. `watch` (layer, heads) also returns how those heads score the prefix.
 
         Raises ValueError for shapes that do not fit, before any compute.
         """
@@ -179,8 +188,8 @@ class CogVLMForCausalLM(CogVLMPreTrainedModel):
         if image_index.shape != branch_input_ids.shape[:1]:
             raise ValueError(f"image_index {tuple(image_index.shape)}: one image for each of {len(branch_input_ids)}")
         prefix = self.model.encode_prefix(pixel_values, adapted=self.adapter_scope == "all")
-        hidden = self.model.run_branches(branch_input_ids, prefix, image_index)
-        output = CogVLMOutput(patches=prefix.patches, image_tokens=prefix.image_tokens)
+        hidden, watched = self.model.run_branches(branch_input_ids, prefix, image_index, watch)
+        output = CogVLMOutput(patches=prefix.patches, image_tokens=prefix.image_tokens, watched=watched)
         if branch_labels is None or all_logits:
             output.logits = self.lm_head(hidden)
         if branch_labels is not None:
@@ -341,12 +350,19 @@ def _attend_where(seen: Tensor):
     return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
 
 
-def _attend_after(past: tuple[Tensor, Tensor], seen: Tensor):
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen)
+class _AttendAfter:
+    """Attention of a branch to its prefix and itself; keeps the scores of the first `watched` heads on the prefix."""
 
-    return attend
+    def __init__(self, past: tuple[Tensor, Tensor], seen: Tensor, watched: int) -> None:
+        self.past, self.seen, self.watched = past, seen, watched
+        self.scores: Tensor | None = None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.watched:
+            n = self.watched
+            self.scores = q[:, :n] @ self.past[0][:, :n].transpose(-1, -2) * q.shape[-1] ** -0.5
+        keys, values = torch.cat([self.past[0], k], dim=2), torch.cat([self.past[1], v], dim=2)
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=self.seen)
 
 
 def _attend_buffer(buffer: list[Tensor], rows: Tensor, slots: Tensor, seen: Tensor):

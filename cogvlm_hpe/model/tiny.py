@@ -1,11 +1,20 @@
-"""Makes the tokenizer of the packaged `tiny` base: `python -m cogvlm_hpe.model.tiny`."""
+"""Makes the packaged `tiny` base: its tokenizer before training, its weights after.
 
+python -m cogvlm_hpe.model.tiny tokenizer
+python -m cogvlm_hpe.model.tiny take RUN     the newest checkpoint of a training run, in bf16, with its curves
+"""
+
+import argparse
+import json
+import shutil
 from itertools import product
+from pathlib import Path
 
 from cogvlm_hpe.dialogue import DEFAULT_PROMPTS
 from cogvlm_hpe.model.load import resolve_base
 from cogvlm_hpe.model.tokenizer import FILE_NAME, train_tokenizer
 from cogvlm_hpe.train.auxiliary import COLOURS, KINDS
+from launcher.errors import UserError, run_main
 
 _HEADS = ("head", "left head", "right head", "largest head", "smallest head")
 _DIRECTIONS = ("front", "back", "left", "right", "up", "down")
@@ -19,13 +28,45 @@ def sentences() -> list[str]:
     return [*prompts, *things, *KINDS, *_HEADS, *_DIRECTIONS, " ".join(_DIRECTIONS), _MARKS, _MARKS.replace(" ", "")]
 
 
-def main() -> None:
-    """Write the tokenizer beside the packaged config."""
-    folder = resolve_base("tiny")
+def make_tokenizer(folder: Path) -> None:
+    """Write tokenizer.json; a base trained with another one is of no use afterwards."""
     tokenizer = train_tokenizer(sentences())
     tokenizer.save(str(folder / FILE_NAME))
     print(f"{folder / FILE_NAME}: {tokenizer.get_vocab_size()} tokens")
 
 
+def take(run: Path, folder: Path) -> None:
+    """Copy a run's newest weights, rounded to bf16, and its metrics. Raises UserError where there are none."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    source = run / "last" / "model.safetensors"
+    if not source.is_file():
+        raise UserError(f"{source}: no such file; name a run folder that trained a whole model")
+    weights = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(source).items()}
+    target = folder / "model.safetensors"
+    save_file(weights, target, metadata={"format": "pt"})
+    target.chmod(0o644)  # safetensors makes files only their owner can read
+    shutil.copy(run / "metrics.jsonl", folder / "metrics.jsonl")
+    step = json.loads((run / "last" / "trainer.json").read_text())["step"]
+    print(f"{target}: {sum(t.numel() for t in weights.values()):,} weights after {step} steps")
+
+
+def main() -> int:
+    """Parse and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("tokenizer", "take"))
+    parser.add_argument("run", type=Path, nargs="?")
+    args = parser.parse_args()
+    folder = resolve_base("tiny")
+    if args.what == "tokenizer":
+        make_tokenizer(folder)
+    elif args.run is None:
+        parser.error("take needs RUN")
+    else:
+        take(args.run, folder)
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    raise SystemExit(run_main("tiny", main))

@@ -1,9 +1,10 @@
-"""A dense loss on image tokens, for training a base: what stands at each patch, and how it is turned.
+"""Two losses for training a base from nothing; a pretrained CogVLM needs neither.
 
-A small base trained from nothing learns to see much sooner when every patch has something to say; a pretrained CogVLM
-does not need it. Head axes are given as the nine numbers of the rotation, never as degrees.
+Dense: what stands at each patch, and how it is turned. A tower learns to see much sooner when every patch has something
+to say. Head axes are given as the nine numbers of the rotation, never as degrees.
+Guidance: some heads of one decoder layer should look, while answering, at the patches of what the question is about.
 
-Shapes: I images, N patches, C vision width, D decoder width.
+Shapes: I images, N patches, C vision width, D decoder width, R branches, L tokens, A heads, P prefix tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -54,7 +55,10 @@ def dense_targets(records: Sequence[Record | None], side: int) -> DenseTargets:
 
 def _things(record: Record) -> list[tuple[Tensor, int, int, Tensor]]:
     scale = torch.tensor([record.image.width, record.image.height] * 2, dtype=torch.float)
-    out = [(torch.tensor(h.bbox, dtype=torch.float) / scale, 1, -100, torch.tensor(h.rotation, dtype=torch.float)) for h in record.heads]
+    out = [
+        (torch.tensor(h.bbox, dtype=torch.float) / scale, 1, -100, torch.tensor(h.rotation, dtype=torch.float))
+        for h in record.heads
+    ]
     for thing in record.objects:
         words = thing.expression.split()
         if words[-1] in KINDS[2:]:
@@ -76,6 +80,25 @@ class DenseHeads(nn.Module):
     def forward(self, patches: Tensor, image_tokens: Tensor, targets: DenseTargets) -> Tensor:
         """(I, N, C) and (I, N, D) to the mean loss of an image."""
         return _dense_loss(self.tower(patches), targets) + _dense_loss(self.glue(image_tokens), targets)
+
+
+def guidance_loss(scores_RALP: Tensor, labels_RL: Tensor, boxes_R4: Tensor, side: int) -> Tensor:
+    """Minus the log of the attention that falls on a question's own box, mean over heads and answering tokens."""
+    rows, columns = (labels_RL[:, 1:] != -100).nonzero(as_tuple=True)
+    if len(rows) == 0:
+        return 0.0 * scores_RALP.sum()
+    own_RN = _patches_of(boxes_R4, side).to(scores_RALP.device)
+    log_share = scores_RALP[rows, :, columns].float().log_softmax(dim=-1)[..., 2:-1]  # bos, boi and eoi are outside
+    return -log_share.masked_fill(~own_RN[rows][:, None], -torch.inf).logsumexp(dim=-1).mean()
+
+
+def _patches_of(boxes_R4: Tensor, side: int) -> Tensor:
+    """(R, N) patches that a box touches, so that the smallest box has one."""
+    low = (boxes_R4[:, :2] * side).floor().clamp(0, side - 1)
+    high = (boxes_R4[:, 2:] * side - 1e-4).floor().clamp(0, side - 1)
+    place = torch.arange(side)
+    inside = (place >= low[..., None]) & (place <= high[..., None])  # (R, xy, side)
+    return (inside[:, 1, :, None] & inside[:, 0, None, :]).flatten(1)
 
 
 def _dense_loss(outputs: Tensor, targets: DenseTargets) -> Tensor:

@@ -11,25 +11,17 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from cogvlm_hpe import dialogue
+from cogvlm_hpe import asking
+from cogvlm_hpe.asking import Question
 from cogvlm_hpe.config import ModelConfig
 from cogvlm_hpe.dialogue import Task
 from cogvlm_hpe.model.modeling import IGNORE
-from shards.record import Head, Record
+from shards.record import Record
 from shards.stream import Item
 
 # OpenAI CLIP's statistics, which EVA2-CLIP and so CogVLM keep.
 _MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
 _STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
-
-
-@dataclass(frozen=True)
-class Question:
-    """One question about an image and its answer, as text."""
-
-    task: Task
-    query: str
-    answer: str
 
 
 @dataclass
@@ -40,6 +32,7 @@ class Batch:
     image_index: Tensor  # (R,)
     input_ids: Tensor  # (R, L)
     labels: Tensor  # (R, L)
+    boxes: Tensor  # (R, 4) what each question is about: x0, y0, x1, y1 in image sides
     tasks: list[Task]  # R long; empty when there is no answer
     records: list[Record | None]  # I long
 
@@ -52,33 +45,6 @@ class Batch:
 def normalise(images_u8: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """(I, 3, S, S) uint8 to the vision tower's range."""
     return ((images_u8.float() / 255.0 - _MEAN[:, None, None]) / _STD[:, None, None]).to(dtype)
-
-
-def face_direction(head: Head) -> list[float]:
-    """Unit vector out of the face in camera axes."""
-    return (-head.matrix[:, 2]).tolist()
-
-
-def all_questions(record: Record, tasks: Sequence[Task], model: ModelConfig, min_visible: float) -> list[Question]:
-    """Every question of `tasks` that this record can answer, in a fixed order."""
-    width, height = record.image.width, record.image.height
-    heads = [head for head in record.heads if head.visible >= min_visible]
-    out: list[Question] = []
-    for task in tasks:
-        if task in ("pose", "facing"):
-            for head in heads:
-                box = dialogue.format_box(head.bbox, width, height)
-                if task == "pose":
-                    answer = dialogue.format_pose(*head.pose_deg, model.answer_format)
-                else:
-                    answer = dialogue.facing(face_direction(head))
-                out.append(Question(task, dialogue.ask(task, model.prompts, box=box), answer))
-        else:
-            for thing in record.objects:
-                box = dialogue.format_box(thing.bbox, width, height)
-                query = dialogue.ask(task, model.prompts, box=box, expression=thing.expression)
-                out.append(Question(task, query, box if task == "where" else thing.expression))
-    return out
 
 
 def choose(questions: list[Question], at_most: int, seed: int, position: int) -> list[Question]:
@@ -113,32 +79,32 @@ class Collator:
         """Items of one micro-batch; a skipped item stays as a blank image without questions."""
         blank = torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8)
         images = torch.stack([blank if item.image is None else item.image for item in items])
-        index, rows, labels, tasks = [], [], [], []
-        for number, item in enumerate(items):
-            for question in self._questions(item):
-                query, answer = self.encode(question.query), [*self.encode(question.answer), self.eos]
-                index.append(number)
-                rows.append(query + answer)
-                labels.append([IGNORE] * len(query) + answer)
-                tasks.append(question.task)
-        return self._batch(items, images, (index, rows, labels, tasks))
+        asked = [(number, question) for number, item in enumerate(items) for question in self._questions(item)]
+        return self._batch(images, [item.record for item in items], asked)
 
     def blank(self) -> Batch:
         """One black image without questions."""
-        images = torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8)
-        return self._batch([None], images, ([], [], [], []))
+        return self._batch(torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8), [None], [])
 
-    def _batch(self, items: Sequence[Item | None], images: Tensor, parts: tuple[list, list, list, list]) -> Batch:
-        index, rows, labels, tasks = parts
+    def _batch(self, images: Tensor, records: list[Record | None], asked: Sequence[tuple[int, Question]]) -> Batch:
+        index, rows, labels, boxes = [], [], [], []
+        for number, question in asked:
+            query, answer = self.encode(question.query), [*self.encode(question.answer), self.eos]
+            image = records[number].image
+            index.append(number)
+            rows.append(query + answer)
+            labels.append([IGNORE] * len(query) + answer)
+            boxes.append(np.divide(question.about.bbox, (image.width, image.height) * 2).tolist())
         if not rows:  # every rank makes the same calls, so a batch without answers still runs one branch
-            index, rows, labels = [0], [[self.eos]], [[IGNORE]]
+            index, rows, labels, boxes = [0], [[self.eos]], [[IGNORE]], [[0.0] * 4]
         return Batch(
             pixel_values=normalise(images),
             image_index=torch.tensor(index),
             input_ids=_pad(rows, self.pad),
             labels=_pad(labels, IGNORE),
-            tasks=tasks,
-            records=[item.record if item else None for item in items],
+            boxes=torch.tensor(boxes, dtype=torch.float),
+            tasks=[question.task for _, question in asked],
+            records=records,
         )
 
     def encode(self, text: str) -> list[int]:
@@ -148,7 +114,8 @@ class Collator:
     def _questions(self, item: Item) -> list[Question]:
         if item.record is None:
             return []
-        questions = all_questions(item.record, self.ask[item.slot.set], self.model, self.min_visible)
+        tasks, model = self.ask[item.slot.set], self.model
+        questions = asking.questions(item.record, tasks, model.prompts, model.answer_format, self.min_visible)
         return choose(questions, self.at_most, self.seed, item.slot.position)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from cogvlm_hpe import config as configs
 from cogvlm_hpe.config import RunConfig
 from launcher.errors import UsageError
+from launcher.supervise import StopFlag
 
 HELP = "train an adapter, or a whole base: one rank's work, started by a launcher"
 EPILOG = """starting it
@@ -59,6 +60,7 @@ def parse_file(path: Path) -> RunConfig:
 def main(argv: list[str]) -> int:
     """Parse, set up, loop."""
     config, resume, allow_change = parse(argv)
+    flag = StopFlag()
 
     from cogvlm_hpe.train.loop import run_loop
     from cogvlm_hpe.train.setup import setup
@@ -68,6 +70,6 @@ def main(argv: list[str]) -> int:
     world = discover()
     run = setup(config, world, from_torch(world), resume=resume, allow_change=allow_change)
     try:
-        return run_loop(run)
+        return run_loop(run, flag)
     finally:
         run.monitor.close()

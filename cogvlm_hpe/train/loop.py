@@ -1,13 +1,11 @@
 """The training loop."""
 
 import math
-import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 
 import numpy as np
 
@@ -21,10 +19,9 @@ from cogvlm_hpe.train.schedule import learning_rate
 from launcher.comm import Comm
 from launcher.errors import EXIT_STOPPED, UserError
 from launcher.progress import Progress
+from launcher.supervise import StopFlag
 from shards.plan import Plan
 from shards.stream import Item, Stream
-
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
 @dataclass
@@ -48,29 +45,17 @@ class Tally:
 
     loss: Counter[str] = field(default_factory=Counter)
     answers: Counter[str] = field(default_factory=Counter)
-    dense: float = 0.0
+    auxiliary: float = 0.0
     images: int = 0
     skipped: int = 0
     wait_s: float = 0.0
     start_s: float = field(default_factory=time.monotonic)
 
 
-class StopFlag:
-    """Set by a signal on this rank; the ranks agree on it at a step's border."""
-
-    def __init__(self) -> None:
-        self.raised = False
-        for number in _STOP_SIGNALS:
-            signal.signal(number, self._raise)
-
-    def _raise(self, number: int, frame: FrameType | None) -> None:
-        self.raised = True
-
-
-def run_loop(run: Run) -> int:
+def run_loop(run: Run, flag: StopFlag) -> int:
     """All ranks. Train to `max_steps`, or until asked to stop; the exit code."""
     config, train = run.config, run.config.train
-    flag, tally, batches = StopFlag(), Tally(), iter(run.stream)
+    tally, batches = Tally(), iter(run.stream)
     last = train.max_steps if train.stop_after is None else min(train.max_steps, run.first_step + train.stop_after)
     step, stopping = run.first_step, False
     with Progress(run.comm).bar("train", last - run.first_step) as bar:
@@ -87,6 +72,7 @@ def run_loop(run: Run) -> int:
                 tally = Tally()
             if step % train.save_every == 0 or step == last or stopping:
                 save(run, step)
+    flag.leave()
     if step < train.max_steps:
         run.monitor.say(f"stopped after step {step} of {train.max_steps}, resumable")
         return EXIT_STOPPED
@@ -112,11 +98,11 @@ def train_step(run: Run, micro_batches: list[Batch], n_global: int, tally: Tally
     """
     size, batch = run.comm.size, run.config.shards.batch
     for micro in micro_batches:
-        total, branches, dense = run.engine.engine(micro)
+        total, branches, extra = run.engine.engine(micro)
         loss = total * (size / max(1, n_global))
-        if dense is not None:
-            loss = loss + dense * (run.config.train.auxiliary * size / batch)
-            tally.dense += float(dense.detach())
+        if extra is not None:
+            loss = loss + extra * (size / batch)
+            tally.auxiliary += float(extra.detach())
         run.engine.backward(loss)
         run.engine.step()
         for task, value in zip(micro.tasks, branches.tolist(), strict=False):
@@ -139,10 +125,10 @@ def rate(config: RunConfig, step: int) -> float:
 def report(run: Run, step: int, tally: Tally) -> str:
     """All ranks. Reduce the tally, write it down, and give a short text for the bar. Raises UserError on nan."""
     local = [tally.loss[t] for t in TASKS] + [tally.answers[t] for t in TASKS]
-    sums = run.comm.sum(np.array([*local, tally.dense, tally.images, tally.skipped], dtype=float))
+    sums = run.comm.sum(np.array([*local, tally.auxiliary, tally.images, tally.skipped], dtype=float))
     wait_s = run.comm.max(tally.wait_s)
     losses, answers = sums[: len(TASKS)], sums[len(TASKS) : 2 * len(TASKS)]
-    dense, images, skipped = sums[2 * len(TASKS) :]
+    auxiliary, images, skipped = sums[2 * len(TASKS) :]
     elapsed_s = time.monotonic() - tally.start_s
     loss = losses.sum() / max(1.0, answers.sum())
     if not math.isfinite(loss):
@@ -158,7 +144,7 @@ def report(run: Run, step: int, tally: Tally) -> str:
         "shards/skipped": skipped,
     }
     if run.config.train.auxiliary:
-        values["train/loss_dense"] = dense / max(1.0, images)
+        values["train/loss_auxiliary"] = auxiliary / max(1.0, images)
     run.monitor.scalars(step, values)
     text = f"loss {loss:.4f}  lr {values['train/lr']:.1e}  {values['train/images_per_s']:.1f} images/s"
     run.monitor.say(f"step {step}  {text}")

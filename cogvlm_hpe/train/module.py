@@ -2,8 +2,9 @@
 
 from torch import Tensor, nn
 
+from cogvlm_hpe.config import AuxiliaryConfig
 from cogvlm_hpe.model.modeling import CogVLMForCausalLM
-from cogvlm_hpe.train.auxiliary import DenseHeads, dense_targets
+from cogvlm_hpe.train.auxiliary import DenseHeads, dense_targets, guidance_loss
 from cogvlm_hpe.train.batch import Batch
 
 MODEL_PREFIX = "cogvlm."
@@ -12,7 +13,7 @@ MODEL_PREFIX = "cogvlm."
 class TrainedModule(nn.Module):
     """Engines hook `forward`, so everything that needs gradients goes through it."""
 
-    def __init__(self, cogvlm: CogVLMForCausalLM, auxiliary: float) -> None:
+    def __init__(self, cogvlm: CogVLMForCausalLM, auxiliary: AuxiliaryConfig | None) -> None:
         super().__init__()
         self.cogvlm = cogvlm
         self.auxiliary = auxiliary
@@ -20,17 +21,19 @@ class TrainedModule(nn.Module):
         self.dense = DenseHeads(config.vision_config["hidden_size"], config.hidden_size) if auxiliary else None
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Sum of the answers' losses (0-d), each branch's loss (R,), and the dense loss summed over images."""
+        """Sum of the answers' losses (0-d), each branch's loss (R,), and the auxiliary loss summed over images."""
         device = self.cogvlm.device
         out = self.cogvlm(
             pixel_values=batch.pixel_values.to(device, self.cogvlm.dtype),
             image_index=batch.image_index.to(device),
             branch_input_ids=batch.input_ids.to(device),
             branch_labels=batch.labels.to(device),
+            watch=(self.auxiliary.guided_layer, self.auxiliary.guided_heads) if self.auxiliary else None,
         )
         total = out.loss * max(1, batch.n_answers)
-        if self.dense is None:
+        if self.auxiliary is None:
             return total, out.branch_losses, None
         side = int(out.patches.shape[1] ** 0.5)
-        dense = self.dense(out.patches, out.image_tokens, dense_targets(batch.records, side))
-        return total, out.branch_losses, dense * len(batch.records)
+        extra = self.auxiliary.dense * self.dense(out.patches, out.image_tokens, dense_targets(batch.records, side))
+        extra = extra + self.auxiliary.guidance * guidance_loss(out.watched, batch.labels, batch.boxes, side)
+        return total, out.branch_losses, extra * len(batch.records)

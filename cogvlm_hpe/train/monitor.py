@@ -63,6 +63,18 @@ class Monitor:
                 self.log.removeHandler(handler)
 
 
+def replay(metrics: Path, tensorboard: Path) -> None:
+    """Write the curves of a run's metrics.jsonl as TensorBoard reads them."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(tensorboard)) as writer:
+        for line in metrics.read_text(encoding="utf-8").splitlines():
+            values = json.loads(line)
+            global_step = values.pop("global_step")
+            for key, value in values.items():
+                writer.add_scalar(key, value, global_step)
+
+
 def write_run_json(run_dir: Path, world: World, threads: int, start_s: float, first_step: int, **more: Any) -> None:
     """Where and with what a run was made; a start adds a line to `starts`."""
     path = run_dir / "run.json"

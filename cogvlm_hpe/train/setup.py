@@ -132,8 +132,8 @@ def wake_optimizer(engine: Engine, collator: Collator, accumulation: int) -> Non
     engine.set_lr(0.0)
     blank = collator.blank()
     for _ in range(accumulation):
-        total, _, dense = engine.engine(blank)
-        engine.backward(total if dense is None else total + 0.0 * dense)
+        total, _, extra = engine.engine(blank)
+        engine.backward(total if extra is None else total + extra)
         engine.step()
 
 
