@@ -56,7 +56,8 @@ def steps(folder: Path) -> list[int]:
 def wait_for_step(slurm: Slurm, job: int, folder: Path) -> None:
     deadline_s = time.monotonic() + 300
     while not steps(folder):
-        assert time.monotonic() < deadline_s, slurm.log(slurm.job(job))
+        now = slurm.job(job)
+        assert time.monotonic() < deadline_s and now["JobState"] in ("PENDING", "RUNNING"), slurm.log(now)
         time.sleep(0.5)
 
 
