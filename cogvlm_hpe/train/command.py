@@ -42,7 +42,7 @@ def parse(argv: list[str]) -> tuple[RunConfig, bool, bool]:
         namespace = parser.parse_args(argv)
         resume, allow_change = namespace.pop("resume"), namespace.pop("allow_change")
         namespace.pop("config")
-        built = parser.instantiate_classes(namespace)
+        built = parser.instantiate(namespace)
         config = RunConfig(**vars(built))
     except ArgumentError as error:
         raise UsageError(f"{' '.join(str(error).split())} (cogvlm-hpe train --help lists all keys)") from None

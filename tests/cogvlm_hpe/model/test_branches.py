@@ -1,0 +1,128 @@
+"""Questions that share their image's prefix give what separate sequences give."""
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+
+from cogvlm_hpe.model.configuration import CogVLMConfig
+from cogvlm_hpe.model.modeling import IGNORE, CogVLMForCausalLM
+
+VISION = {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_heads": 2,
+    "intermediate_size": 40,
+    "image_size": 42,
+    "patch_size": 14,
+    "num_positions": 10,
+}
+ROWS = [(0, [5, 6, 7], [8, 9]), (1, [5, 6], [10, 11, 12, 13]), (1, [7, 7, 7, 6], [9]), (0, [6], [14, 15, 16])]
+
+
+@pytest.fixture
+def model() -> CogVLMForCausalLM:
+    torch.manual_seed(0)
+    config = CogVLMConfig(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        initializer_range=0.2,
+        vision_config=VISION,
+    )
+    return CogVLMForCausalLM(config)
+
+
+def images() -> torch.Tensor:
+    return torch.randn(2, 3, 42, 42, generator=torch.Generator().manual_seed(1))
+
+
+def call(model: CogVLMForCausalLM, rows: list, pixels: torch.Tensor) -> torch.Tensor:
+    length = max(len(query) + len(answer) + 1 for _, query, answer in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    labels = torch.full_like(ids, IGNORE)
+    for row, (_, query, answer) in enumerate(rows):
+        text = [*query, *answer, 2]
+        ids[row, : len(text)] = torch.tensor(text)
+        labels[row, len(query) : len(text)] = torch.tensor(text[len(query) :])
+    index = torch.tensor([image for image, _, _ in rows])
+    return model(pixel_values=pixels, image_index=index, branch_input_ids=ids, branch_labels=labels).loss
+
+
+def gradients(model: CogVLMForCausalLM) -> dict[str, torch.Tensor]:
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_shared_prefix_equals_separate_sequences(model: CogVLMForCausalLM, recompute: bool) -> None:
+    model.model.gradient_checkpointing = recompute
+    together = call(model, ROWS, images())
+    together.backward()
+    shared = gradients(model)
+    apart = sum(call(model, [(0, query, answer)], images()[[i]]) for i, query, answer in ROWS) / len(ROWS)
+    apart.backward()
+    separate = gradients(model)
+    assert together.item() == pytest.approx(apart.item(), rel=1e-5)
+    assert shared.keys() == separate.keys()
+    for name, gradient in shared.items():
+        torch.testing.assert_close(gradient, separate[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_every_answer_weighs_the_same_whatever_its_length(model: CogVLMForCausalLM) -> None:
+    alone = [call(model, [(0, query, answer)], images()[[i]]).item() for i, query, answer in ROWS]
+    assert call(model, ROWS, images()).item() == pytest.approx(sum(alone) / len(alone), rel=1e-5)
+
+
+def test_batch_of_answers_equals_single_runs(model: CogVLMForCausalLM) -> None:
+    pixels = images()
+    together = model.answer(pixels, [i for i, _, _ in ROWS], [query for _, query, _ in ROWS], 6)
+    alone = [model.answer(pixels[[i]], [0], [query], 6)[0] for i, query, _ in ROWS]
+    assert together == alone
+    assert len({tuple(answer) for answer in together}) > 1
+
+
+def test_answer_is_what_repeated_calls_would_choose(model: CogVLMForCausalLM) -> None:
+    text = [5, 6, 7]
+    for _ in range(5):
+        ids = torch.tensor([text])
+        logits = model(pixel_values=images()[[0]], image_index=torch.tensor([0]), branch_input_ids=ids).logits
+        text.append(int(logits[0, -1].argmax()))
+    expected = text[3:] if 2 not in text[3:] else text[3 : text.index(2, 3)]
+    assert model.answer(images()[[0]], [0], [[5, 6, 7]], 5) == [expected]
+
+
+def test_scope_text_leaves_the_prefix_to_the_base(model: CogVLMForCausalLM) -> None:
+    pixels = images()
+    base = model.model.encode_prefix(pixels, adapted=True).layers[-1][0].detach()
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=r".*(language_expert_dense|language_mlp\.up_proj)", init_lora_weights=False), model)
+    adapted = model.model.encode_prefix(pixels, adapted=True).layers[-1][0]
+    model.adapter_scope = "text"
+    kept = model.model.encode_prefix(pixels, adapted=False).layers[-1][0]
+    assert torch.equal(kept, base)
+    assert not torch.allclose(adapted, base)
+    call(model, ROWS, pixels).backward()
+    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None and "lora" in name}
+    assert with_gradient and not any("vision" in name for name in with_gradient)
+
+
+def test_a_batch_without_answers_has_a_graph_and_no_loss(model: CogVLMForCausalLM) -> None:
+    blank = torch.tensor([[2]])
+    output = model(
+        pixel_values=images()[[0]],
+        image_index=torch.tensor([0]),
+        branch_input_ids=blank,
+        branch_labels=torch.full_like(blank, IGNORE),
+    )
+    output.loss.backward()
+    assert output.loss.item() == 0.0
+
+
+def test_wrong_shapes_are_told_before_any_compute(model: CogVLMForCausalLM) -> None:
+    ids = torch.tensor([[5, 6]])
+    with pytest.raises(ValueError, match="image_index"):
+        model(pixel_values=images(), image_index=torch.tensor([0, 1]), branch_input_ids=ids)
+    with pytest.raises(ValueError, match="image slots"):
+        model(input_ids=ids, token_type_ids=torch.tensor([[0, 1]]), pixel_values=images())

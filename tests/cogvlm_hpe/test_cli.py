@@ -1,0 +1,47 @@
+"""The front door: instant help, known exit codes, no traceback for a user's mistake."""
+
+import subprocess
+import sys
+
+import pytest
+
+from cogvlm_hpe.cli import COMMANDS
+
+HEAVY = ("torch", "transformers", "deepspeed")
+
+
+def run(*argv: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "cogvlm_hpe", *argv], capture_output=True, text=True, timeout=120)
+
+
+def test_help_and_usage() -> None:
+    helped = run("--help")
+    assert helped.returncode == 0
+    assert all(name in helped.stdout for name in COMMANDS)
+    assert run().returncode == 2
+    wrong = run("trian")
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("cogvlm-hpe: error: 'trian'")
+    assert run("--version").stdout.startswith("cogvlm-hpe ")
+
+
+@pytest.mark.parametrize("argv", [["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
+def test_help_imports_nothing_heavy(argv: list[str]) -> None:
+    code = (
+        "import sys\nfrom cogvlm_hpe.cli import main\n"
+        f"try:\n    main({argv!r})\nexcept SystemExit:\n    pass\n"
+        f"print('LOADED', [m for m in {HEAVY!r} if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.rstrip().endswith("LOADED []"), done.stdout + done.stderr
+
+
+def test_the_launchers_own_flag_is_taken_off() -> None:
+    assert run("--local_rank=1", "--version").returncode == 0
+
+
+def test_a_mistake_is_one_line_and_exit_code_2() -> None:
+    done = run("train", "--config", "nowhere.yaml")
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "nowhere.yaml" in done.stderr

@@ -1,0 +1,101 @@
+"""Configs: every mistake is one line that names the thing and the remedy."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from cogvlm_hpe import config as configs
+from cogvlm_hpe.train.command import parse, parse_file
+from launcher.errors import UsageError
+
+PACKAGED = Path(configs.__file__).parent / "configs"
+GOOD = """
+run_dir: runs/x
+model: {base: tiny, dtype: fp32}
+adapter: {rank: 4, targets: [language.attention], scope: text}
+shards: {train: [{path: some/set, ask: [pose]}], batch: 8}
+train: {max_steps: 10, micro_batch: 2}
+"""
+
+
+@pytest.fixture
+def written(tmp_path: Path):
+    def write(text: str = GOOD) -> str:
+        path = tmp_path / "config.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def test_file_then_command_line(written) -> None:
+    config, resume, allow_change = parse(["--config", written(), "--train.lr", "3e-4", "--resume"])
+    assert (config.train.lr, config.train.max_steps, config.adapter.rank) == (3e-4, 10, 4)
+    assert (resume, allow_change) == (True, False)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGED.rglob("*.yaml")), ids=lambda p: p.stem)
+def test_packaged_configs_are_valid(path: Path) -> None:
+    configs.check(parse_file(path))
+
+
+@pytest.mark.parametrize(
+    ("more", "names"),
+    [
+        (["--train.leaning_rate", "1"], "leaning_rate"),
+        (["--train.lr", "quick"], "quick"),
+        (["--train.zero_stage", "4"], "zero_stage"),
+        (["--model.answer_format", "words"], "answer_format"),
+        (["--train.micro_batch", "0"], "train.micro_batch 0"),
+        (["--shards.train", "[]"], "shards.train is empty"),
+        (["--adapter.targets", "[vision.mlp]"], "use scope all"),
+        (["--model.random_init", "true"], "random_init"),
+        (["--train.zero_stage", "0", "--model.dtype", "bf16"], "zero_stage 0"),
+    ],
+)
+def test_mistakes_on_the_command_line(written, more: list[str], names: str) -> None:
+    with pytest.raises(UsageError, match=names) as caught:
+        parse(["--config", written(), *more])
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_key_in_the_file_is_named(written) -> None:
+    with pytest.raises(UsageError, match="bach"):
+        parse(["--config", written(GOOD.replace("batch: 8}", "bach: 8}"))])
+
+
+def test_missing_file_is_named() -> None:
+    with pytest.raises(UsageError, match=r"nowhere\.yaml"):
+        parse(["--config", "nowhere.yaml"])
+
+
+def test_what_a_resumed_run_may_change(written) -> None:
+    config = parse(["--config", written()])[0]
+    faster = dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batch=1, stop_after=3))
+    other = dataclasses.replace(config, train=dataclasses.replace(config.train, lr=1.0))
+    assert configs.changes(config, faster) == []
+    assert configs.changes(config, other) == ["train.lr: 0.0001 -> 1.0"]
+
+
+def test_ranks_and_micro_batches_must_divide_the_batch(written) -> None:
+    config = parse(["--config", written()])[0]
+    assert [configs.check_world(config, size) for size in (1, 2, 4)] == [4, 2, 1]
+    with pytest.raises(UsageError, match="multiple of the 3 ranks"):
+        configs.check_world(config, 3)
+    with pytest.raises(UsageError, match=r"train\.micro_batch 2"):
+        configs.check_world(config, 8)
+
+
+def test_the_set_of_keys_changes_only_on_purpose(written) -> None:
+    keys = sorted(configs.flatten(parse(["--config", written()])[0]))
+    assert keys == [
+        "adapter.alpha", "adapter.dropout", "adapter.init", "adapter.rank", "adapter.rslora", "adapter.scope",
+        "adapter.targets", "model.answer_format", "model.base", "model.dtype", "model.prompts.facing",
+        "model.prompts.pose", "model.prompts.what", "model.prompts.where", "model.random_init", "model.tokenizer",
+        "run_dir", "shards.batch", "shards.flip", "shards.min_visible", "shards.on_bad_sample", "shards.questions",
+        "shards.seed", "shards.train", "shards.workers", "train.auxiliary", "train.betas", "train.clip",
+        "train.gradient_checkpointing", "train.keep", "train.log_every", "train.lr", "train.max_steps",
+        "train.micro_batch", "train.min_lr_ratio", "train.save_every", "train.seed", "train.stop_after",
+        "train.warmup_steps", "train.weight_decay", "train.zero_stage",
+    ]  # fmt: skip

@@ -1,0 +1,47 @@
+"""Dense targets and guided attention."""
+
+import pytest
+import torch
+
+from cogvlm_hpe.train.auxiliary import KINDS, DenseHeads, dense_targets, guidance_loss
+from shards.pose import rotation_from_pose
+from shards.record import Head, Image, Object, Record
+
+ROTATION = tuple(rotation_from_pose(30.0, 10.0, -5.0).reshape(9).tolist())
+RECORD = Record(
+    Image(80, 80, "test", "1", "1"),
+    [Head((0.0, 0.0, 40.0, 40.0), ROTATION)],
+    [Object("red cube", (60.0, 60.0, 80.0, 80.0)), Object("head", (0.0, 0.0, 40.0, 40.0))],
+)
+
+
+def test_targets_name_what_covers_each_patch() -> None:
+    targets = dense_targets([RECORD], side=8)
+    kinds = targets.kind[0].view(8, 8)
+    assert (kinds[:4, :4] == KINDS.index("head")).all()
+    assert (kinds[6:, 6:] == KINDS.index("cube")).all()
+    assert (kinds == 0).sum() == 64 - 16 - 4
+    assert torch.allclose(targets.axes[0, 0], torch.tensor(ROTATION, dtype=torch.float))
+    assert targets.axes[0, 63].isnan().all()
+    assert torch.allclose(targets.box[0, 0], torch.tensor([-0.0625, -0.0625, 0.4375, 0.4375]))
+
+
+def test_unknown_targets_give_no_gradient_and_no_nan() -> None:
+    heads = DenseHeads(4, 6)
+    patches, tokens = torch.randn(2, 64, 4, requires_grad=True), torch.randn(2, 64, 6, requires_grad=True)
+    heads(patches, tokens, dense_targets([RECORD, None], side=8)).backward()
+    assert patches.grad.isfinite().all() and tokens.grad.isfinite().all()
+    assert patches.grad[0].abs().sum() > 0
+    assert patches.grad[1].abs().sum() == 0  # an image without a record has nothing to say
+
+
+def test_guidance_falls_as_attention_moves_into_the_box() -> None:
+    labels = torch.tensor([[-100, 5, 2]])
+    boxes = torch.tensor([[0.0, 0.0, 0.25, 0.25]])
+    scores = torch.zeros(1, 2, 3, 64 + 3)
+    even = guidance_loss(scores, labels, boxes, side=8)
+    assert even.item() == pytest.approx(torch.log(torch.tensor(67 / 4)).item(), rel=1e-5)
+    scores[..., 2] = scores[..., 2 + 9] = 5.0  # patches (0, 0) and (1, 1) of the box
+    assert guidance_loss(scores, labels, boxes, side=8) < 0.5 * even
+    scores[..., 2 + 63] = 9.0
+    assert guidance_loss(scores, labels, boxes, side=8) > even

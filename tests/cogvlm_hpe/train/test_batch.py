@@ -1,0 +1,75 @@
+"""Records to tensors."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cogvlm_hpe.config import ModelConfig
+from cogvlm_hpe.dialogue import TASKS
+from cogvlm_hpe.model.load import resolve_base
+from cogvlm_hpe.model.modeling import IGNORE
+from cogvlm_hpe.model.tokenizer import load_tokenizer
+from cogvlm_hpe.train.batch import Collator, choose
+from shards.index import open_set
+from shards.plan import Plan
+from shards.stream import Item, Stream
+
+TOKENIZER = load_tokenizer(resolve_base("tiny"))
+
+
+def collator(at_most: int = 8) -> Collator:
+    return Collator(
+        TOKENIZER, ModelConfig(base="tiny"), [TASKS], at_most=at_most, min_visible=0.5, seed=3, image_size=28,
+        eos=2, pad=0,
+    )  # fmt: skip
+
+
+def items_of(folder: Path, batch: int = 6) -> list[Item]:
+    shard_set = open_set(folder)
+    return next(iter(Stream([shard_set], Plan([len(shard_set)], [1.0], 0, batch), 0, 1, image_size=28)))[1]
+
+
+def test_only_answers_carry_labels(tiny_set) -> None:
+    batch = collator()(items_of(tiny_set()))
+    assert batch.n_answers == len(batch.input_ids) == len(batch.image_index) > 6
+    for ids, labels in zip(batch.input_ids, batch.labels, strict=True):
+        answer = labels != IGNORE
+        assert torch.equal(ids[answer], labels[answer])
+        assert labels[answer][-1] == 2
+        first = int(answer.nonzero()[0, 0])
+        assert first >= 1 and answer[first : first + int(answer.sum())].all()
+
+
+def test_boxes_are_of_what_is_asked_about(tiny_set) -> None:
+    batch = collator()(items_of(tiny_set()))
+    for task, box, labels in zip(batch.tasks, batch.boxes, batch.labels, strict=True):
+        if task == "where":
+            text = TOKENIZER.decode(labels[labels != IGNORE][:-1].tolist())
+            said = torch.tensor([int(v) / 1000 for v in text.strip("[]").split(",")])
+            assert (said - box).abs().max() <= 0.0011
+        assert (box >= 0).all() and (box <= 1).all()
+
+
+def test_a_skipped_sample_is_a_blank_image_without_questions(tiny_set) -> None:
+    items = items_of(tiny_set(), batch=2)
+    hole = Item(items[1].slot, "bad", None, None)
+    batch = collator()([items[0], hole])
+    assert len(batch.pixel_values) == 2
+    assert set(batch.image_index.tolist()) == {0}
+
+
+def test_a_batch_of_holes_still_runs_one_branch(tiny_set) -> None:
+    hole = Item(items_of(tiny_set(), batch=1)[0].slot, "bad", None, None)
+    batch = collator()([hole])
+    assert batch.n_answers == 0
+    assert (batch.labels == IGNORE).all() and len(batch.input_ids) == 1
+
+
+@pytest.mark.parametrize("position", [0, 1, 99])
+def test_choice_depends_on_seed_and_position_alone(position: int) -> None:
+    questions = list(range(20))
+    chosen = choose(questions, 5, 7, position)
+    assert chosen == choose(questions, 5, 7, position) == sorted(chosen)
+    assert len(chosen) == 5
+    assert len({tuple(choose(questions, 5, 7, p)) for p in range(50)}) > 10
