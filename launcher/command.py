@@ -61,9 +61,9 @@ def deepspeed(
     env = threads_env(threads) | env
     per_node = _even(ranks, nodes)
     if hostfile is None:
-        here = [program, "--num_gpus", str(ranks), "--master_port", str(port)]
+        here = [program, "--quiet", "--num_gpus", str(ranks), "--master_port", str(port)]
         return Command([*here, "--module", module, *arguments], env, ignores_usr1=True)
-    there = [program, "--hostfile", str(hostfile), "--num_nodes", str(nodes), "--num_gpus", str(per_node)]
+    there = [program, "--quiet", "--hostfile", str(hostfile), "--num_nodes", str(nodes), "--num_gpus", str(per_node)]
     # DeepSpeed takes only a few variables to the other machines, so `env` sets ours there, before each rank.
     ranks_run = ["env", *(f"{name}={value}" for name, value in env.items()), python, "-u", "-m", module]
     rest = ["--force_multi", "--no_python", "--no_local_rank", *ranks_run, *arguments]

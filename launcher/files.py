@@ -26,6 +26,7 @@ def atomic_folder(final: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+        _share(temporary)
         sync_folder(temporary)
         os.rename(temporary, final)
     except BaseException:
@@ -62,6 +63,15 @@ def sync_folder(folder: Path) -> None:
         for name in names:
             _sync(Path(parent, name))
         _sync(Path(parent))
+
+
+def _share(folder: Path) -> None:
+    """Give files the rights the user's umask says; some libraries (safetensors) make them private."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(path.stat().st_mode | (0o666 & ~umask))
 
 
 def _sibling(path: Path) -> Path:

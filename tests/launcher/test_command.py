@@ -26,7 +26,17 @@ def hostfile(folder: Path, nodes: int) -> Path:
 @pytest.mark.parametrize("ranks", [1, 8])
 def test_deepspeed_on_one_node_is_the_plain_deepspeed_way(ranks: int) -> None:
     made = command.deepspeed("cogvlm_hpe", TRAIN, ranks=ranks, port=7, threads=4, env={})
-    assert made.argv == ["deepspeed", "--num_gpus", str(ranks), "--master_port", "7", "--module", "cogvlm_hpe", *TRAIN]
+    assert made.argv == [
+        "deepspeed",
+        "--quiet",
+        "--num_gpus",
+        str(ranks),
+        "--master_port",
+        "7",
+        "--module",
+        "cogvlm_hpe",
+        *TRAIN,
+    ]
     assert made.env["OMP_NUM_THREADS"] == made.env["MKL_NUM_THREADS"] == "4"
 
 
