@@ -7,9 +7,12 @@ are made from those weights; 6. optimizer state, for which Adam needs one step a
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
+from peft import LoraConfig
+from tokenizers import Tokenizer
 
 from cogvlm_hpe import config as configs
 from cogvlm_hpe.config import RunConfig
@@ -137,7 +140,7 @@ def wake_optimizer(engine: Engine, collator: Collator, accumulation: int) -> Non
         engine.step()
 
 
-def make_collator(config: RunConfig, tokenizer, model: CogVLMForCausalLM) -> Collator:
+def make_collator(config: RunConfig, tokenizer: Tokenizer, model: CogVLMForCausalLM) -> Collator:
     """The rules by which this run's records become questions."""
     return Collator(
         tokenizer,
@@ -152,9 +155,11 @@ def make_collator(config: RunConfig, tokenizer, model: CogVLMForCausalLM) -> Col
     )
 
 
-def describe_files(config: RunConfig, base: Path, lora, model: CogVLMForCausalLM, tokenizer) -> checkpoint.Describe:
+def describe_files(
+    config: RunConfig, base: Path, lora: LoraConfig | None, model: CogVLMForCausalLM, tokenizer: Tokenizer
+) -> checkpoint.Describe:
     """What goes into every checkpoint beside its tensors."""
-    said = {"answer_format": config.model.answer_format, "prompts": dict(config.model.prompts)}
+    said: dict[str, Any] = {"answer_format": config.model.answer_format, "prompts": dict(config.model.prompts)}
     if config.adapter is not None:
         said |= {"scope": config.adapter.scope, "base_fingerprint": fingerprint(base)}
     if config.model.tokenizer:

@@ -97,7 +97,10 @@ def test_answer_is_what_repeated_calls_would_choose(model: CogVLMForCausalLM) ->
 def test_scope_text_leaves_the_prefix_to_the_base(model: CogVLMForCausalLM) -> None:
     pixels = images()
     base = model.model.encode_prefix(pixels, adapted=True).layers[-1][0].detach()
-    inject_adapter_in_model(LoraConfig(r=2, target_modules=r".*(language_expert_dense|language_mlp\.up_proj)", init_lora_weights=False), model)
+    inject_adapter_in_model(
+        LoraConfig(r=2, target_modules=r".*(language_expert_dense|language_mlp\.up_proj)", init_lora_weights=False),
+        model,
+    )
     adapted = model.model.encode_prefix(pixels, adapted=True).layers[-1][0]
     model.adapter_scope = "text"
     kept = model.model.encode_prefix(pixels, adapted=False).layers[-1][0]
