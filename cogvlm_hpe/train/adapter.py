@@ -55,7 +55,6 @@ def add_lora(model: CogVLMForCausalLM, config: AdapterConfig, base: str) -> Lora
         use_rslora=config.rslora,
         target_modules=target_modules(model, config.targets),
         base_model_name_or_path=base,
-        task_type="CAUSAL_LM",
     )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
