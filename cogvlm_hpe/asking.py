@@ -46,7 +46,8 @@ def _about_heads(
         if head.visible < min_visible:
             continue
         if task == "pose":
-            answer = dialogue.format_pose(*head.pose_deg, answer_format)
+            yaw_deg, pitch_deg, roll_deg = head.pose_deg
+            answer = dialogue.format_pose(yaw_deg, pitch_deg, roll_deg, answer_format)
         else:
             answer = dialogue.facing((-head.matrix[:, 2]).tolist())
         box = dialogue.format_box(head.bbox, record.image.width, record.image.height)

@@ -184,7 +184,7 @@ def _loader(dataset: "_Fetching", numbers: Callable[[], Iterable[int]], workers:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch.utils.data", "shards.stream"])
     return DataLoader(
-        dataset,  # type: ignore[arg-type]  # anything with __getitem__ serves
+        dataset,
         batch_size=None,
         sampler=_Numbers(numbers()),
         num_workers=workers,

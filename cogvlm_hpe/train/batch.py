@@ -90,11 +90,12 @@ class Collator:
         index, rows, labels, boxes = [], [], [], []
         for number, question in asked:
             query, answer = self.encode(question.query), [*self.encode(question.answer), self.eos]
-            image = records[number].image
+            record = records[number]
+            assert record is not None, "a skipped sample is asked nothing"
             index.append(number)
             rows.append(query + answer)
             labels.append([IGNORE] * len(query) + answer)
-            boxes.append(np.divide(question.about.bbox, (image.width, image.height) * 2).tolist())
+            boxes.append(np.divide(question.about.bbox, (record.image.width, record.image.height) * 2).tolist())
         if not rows:  # every rank makes the same calls, so a batch without answers still runs one branch
             index, rows, labels, boxes = [0], [[self.eos]], [[IGNORE]], [[0.0] * 4]
         return Batch(

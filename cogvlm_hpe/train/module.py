@@ -31,7 +31,7 @@ class TrainedModule(nn.Module):
             watch=(self.auxiliary.guided_layer, self.auxiliary.guided_heads) if self.auxiliary else None,
         )
         total = out.loss * max(1, batch.n_answers)
-        if self.auxiliary is None:
+        if self.auxiliary is None or self.dense is None:
             return total, out.branch_losses, None
         side = int(out.patches.shape[1] ** 0.5)
         extra = self.auxiliary.dense * self.dense(out.patches, out.image_tokens, dense_targets(batch.records, side))
