@@ -99,10 +99,10 @@ class ShardsConfig:
 
 @dataclass
 class AuxiliaryConfig:
-    """Extra losses that help a small base to see and to look; never part of the reported loss.
+    """Extra losses that help a small model to see and to look; never part of the reported loss.
 
     Args:
-        dense: weight of what stands at each patch (kind, colour, box, head axes)
+        dense: weight of what stands at each patch (kind, colour, box, head axes); 0 for none
         guidance: weight of attention that should fall on what the question is about
         guided_layer: decoder layer whose heads are guided, from 0
         guided_heads: how many of its heads
@@ -131,7 +131,7 @@ class TrainConfig:
         micro_batch: images a rank takes at once; gradients are accumulated up to shards.batch
         gradient_checkpointing: recompute layers in the backward pass
         seed: of fresh weights and of dropout
-        auxiliary: extra losses for a base that starts from nothing; null for none
+        auxiliary: extra losses for a small model; a pretrained CogVLM needs none (null)
         save_every: steps between checkpoints
         keep: checkpoints kept, the newest ones
         log_every: steps between lines in the log and points in TensorBoard

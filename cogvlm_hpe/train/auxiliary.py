@@ -1,4 +1,4 @@
-"""Two losses for training a base from nothing; a pretrained CogVLM needs neither.
+"""Two losses for training a small model; a pretrained CogVLM needs neither.
 
 Dense: what stands at each patch, and how it is turned. A tower learns to see much sooner when every patch has something
 to say. Head axes are given as the nine numbers of the rotation, never as degrees.

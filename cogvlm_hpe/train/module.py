@@ -18,7 +18,8 @@ class TrainedModule(nn.Module):
         self.cogvlm = cogvlm
         self.auxiliary = auxiliary
         config = cogvlm.config
-        self.dense = DenseHeads(config.vision_config["hidden_size"], config.hidden_size) if auxiliary else None
+        sees = auxiliary is not None and auxiliary.dense > 0
+        self.dense = DenseHeads(config.vision_config["hidden_size"], config.hidden_size) if sees else None
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
         """Sum of the answers' losses (0-d), each branch's loss (R,), and the auxiliary loss summed over images."""
@@ -31,9 +32,11 @@ class TrainedModule(nn.Module):
             watch=(self.auxiliary.guided_layer, self.auxiliary.guided_heads) if self.auxiliary else None,
         )
         total = out.loss * max(1, batch.n_answers)
-        if self.auxiliary is None or self.dense is None:
+        if self.auxiliary is None:
             return total, out.branch_losses, None
         side = int(out.patches.shape[1] ** 0.5)
-        extra = self.auxiliary.dense * self.dense(out.patches, out.image_tokens, dense_targets(batch.records, side))
-        extra = extra + self.auxiliary.guidance * guidance_loss(out.watched, batch.labels, batch.boxes, side)
+        extra = self.auxiliary.guidance * guidance_loss(out.watched, batch.labels, batch.boxes, side)
+        if self.dense is not None:
+            targets = dense_targets(batch.records, side)
+            extra = extra + self.auxiliary.dense * self.dense(out.patches, out.image_tokens, targets)
         return total, out.branch_losses, extra * len(batch.records)
