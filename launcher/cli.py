@@ -64,9 +64,22 @@ def _main(argv: list[str]) -> int:
     if arguments.dry_run:
         print(started.text())
         return 0
+    if arguments.command == "train" and "--print_config" not in rest:
+        code = _check(arguments, rest)
+        if code:
+            return code
     from launcher import supervise
 
     return supervise.run(started, graceful=arguments.command == "train")
+
+
+def _check(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """Exit code of the program's own check of its config.
+
+    Asked once, before there are ranks: of several that fail, srun ends the slower ones and loses the exit code.
+    """
+    module, words = _program(arguments, rest)
+    return subprocess.run([sys.executable, "-m", module, *words, "--check"]).returncode
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -239,6 +252,10 @@ def _tensorboard(arguments: argparse.Namespace, rest: list[str]) -> int:
         return 0
     if "SLURM_JOB_ID" in os.environ:
         print(f"from your machine: ssh -L {port}:localhost:{port} {socket.gethostname()}", file=sys.stderr)
+    if arguments.command == "train" and "--print_config" not in rest:
+        code = _check(arguments, rest)
+        if code:
+            return code
     from launcher import supervise
 
     return supervise.run(started, graceful=False)

@@ -1,5 +1,6 @@
 """`cogvlm-hpe train`: one rank's work, started by a launcher."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,16 @@ from cogvlm_hpe import config as configs
 from cogvlm_hpe.config import RunConfig
 from launcher.errors import UsageError
 from launcher.supervise import StopFlag
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What a start is asked for beside its config."""
+
+    resume: bool
+    allow_change: bool
+    check: bool
+
 
 HELP = "train an adapter, or a whole base: one rank's work, started by a launcher"
 EPILOG = """starting it
@@ -29,18 +40,19 @@ def make_parser(prog: str = "cogvlm-hpe train") -> Any:
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file; keys on the command line win over it")
     parser.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint of run_dir")
     parser.add_argument("--allow-change", action="store_true", help="resume although keys changed that matter")
+    parser.add_argument("--check", action="store_true", help="check config and command line, and leave")
     parser.add_class_arguments(RunConfig)
     return parser
 
 
-def parse(argv: list[str]) -> tuple[RunConfig, bool, bool]:
-    """Config, resume, allow-change of a command line. Raises UsageError in one line."""
+def parse(argv: list[str]) -> tuple[RunConfig, Flags]:
+    """Config and flags of a command line. Raises UsageError in one line."""
     from jsonargparse import ArgumentError
 
     parser = make_parser()
     try:
         namespace = parser.parse_args(argv)
-        resume, allow_change = namespace.pop("resume"), namespace.pop("allow_change")
+        flags = Flags(*(namespace.pop(name) for name in ("resume", "allow_change", "check")))
         namespace.pop("config")
         built = parser.instantiate(namespace)
         config = RunConfig(**vars(built))
@@ -49,7 +61,7 @@ def parse(argv: list[str]) -> tuple[RunConfig, bool, bool]:
     except (TypeError, ValueError) as error:
         raise UsageError(f"the config does not make a run: {' '.join(str(error).split())}") from None
     configs.check(config)
-    return config, resume, allow_change
+    return config, flags
 
 
 def parse_file(path: Path) -> RunConfig:
@@ -59,8 +71,10 @@ def parse_file(path: Path) -> RunConfig:
 
 def main(argv: list[str]) -> int:
     """Parse, set up, loop."""
-    config, resume, allow_change = parse(argv)
-    flag = StopFlag()
+    config, flags = parse(argv)
+    if flags.check:
+        return 0
+    stop = StopFlag()
 
     from cogvlm_hpe.train.loop import run_loop
     from cogvlm_hpe.train.setup import setup
@@ -68,8 +82,8 @@ def main(argv: list[str]) -> int:
     from launcher.world import discover
 
     world = discover()
-    run = setup(config, world, from_torch(world), resume=resume, allow_change=allow_change)
+    run = setup(config, world, from_torch(world), resume=flags.resume, allow_change=flags.allow_change)
     try:
-        return run_loop(run, flag)
+        return run_loop(run, stop)
     finally:
         run.monitor.close()

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -45,3 +46,11 @@ def test_a_mistake_is_one_line_and_exit_code_2() -> None:
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
     assert "nowhere.yaml" in done.stderr
+
+
+def test_a_config_can_be_checked_without_a_start(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("{run_dir: nowhere, model: {base: tiny}, shards: {train: [{path: missing}]}}")
+    assert run("train", "--config", str(config), "--check").returncode == 0
+    assert run("train", "--config", str(config), "--check", "--train.lr", "quick").returncode == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]

@@ -30,9 +30,9 @@ def written(tmp_path: Path):
 
 
 def test_file_then_command_line(written) -> None:
-    config, resume, allow_change = parse(["--config", written(), "--train.lr", "3e-4", "--resume"])
+    config, flags = parse(["--config", written(), "--train.lr", "3e-4", "--resume"])
     assert (config.train.lr, config.train.max_steps, config.adapter.rank) == (3e-4, 10, 4)
-    assert (resume, allow_change) == (True, False)
+    assert (flags.resume, flags.allow_change, flags.check) == (True, False, False)
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGED.rglob("*.yaml")), ids=lambda p: p.stem)
