@@ -11,8 +11,9 @@ from collections.abc import Callable
 
 import torch
 
+from cogvlm_hpe.model.layout import IGNORE
 from cogvlm_hpe.model.load import read_config, resolve_base
-from cogvlm_hpe.model.modeling import IGNORE, CogVLMForCausalLM
+from cogvlm_hpe.model.modeling import CogVLMForCausalLM
 
 TEXT_TOKENS, PROMPT_TOKENS = 40, 26  # a pose question and its answer
 

@@ -113,7 +113,7 @@ def make_model(config: RunConfig, base: Path) -> CogVLMForCausalLM:
     model = CogVLMForCausalLM(read_config(base)) if config.model.random_init else load_base(base, dtype)
     model.train()
     if config.train.gradient_checkpointing:
-        model.model.gradient_checkpointing = True
+        model.activation_checkpointing_enable({"use_reentrant": False})
     return model
 
 
