@@ -138,7 +138,7 @@ def code_distributions(
     precedes its number, and its own parent. Probabilities are those of three digits, made to sum to one over the codes.
     """
     texts = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
-    starts = [_numbers(text, len(prompt), set(digits)) for text, prompt in zip(texts, prompts, strict=True)]
+    starts = [find_numbers(text, len(prompt), digits) for text, prompt in zip(texts, prompts, strict=True)]
     trees = [_tree(text, at, digits) for text, at in zip(texts, starts, strict=True)]
     ids, layout = _pack([tree[0] for tree in trees], image_index, len(prefix.patches), model.device)
     position, own = layout.position.flatten().cpu(), torch.zeros(*ids.shape, ids.shape[1], dtype=torch.bool)
@@ -158,11 +158,11 @@ def code_distributions(
     return joint.flatten(-3)[..., :CODES].softmax(dim=-1)
 
 
-def _numbers(text: Sequence[int], start: int, digits: set[int]) -> list[int]:
-    """Where three digits in a row begin, from `start` on."""
-    found, at = [], start
+def find_numbers(text: Sequence[int], start: int, digits: Sequence[int]) -> list[int]:
+    """Where three digits in a row begin, from `start` on; `digits` are the token ids of 0 to 9."""
+    found, at, known = [], start, set(digits)
     while at + 3 <= len(text):
-        if digits.issuperset(text[at : at + 3]):
+        if known.issuperset(text[at : at + 3]):
             found.append(at)
             at += 3
         else:
