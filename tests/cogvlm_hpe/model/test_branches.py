@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from small_model import images, small_model
 
+from cogvlm_hpe.model.configuration import CogVLMConfig
 from cogvlm_hpe.model.layout import IGNORE
 from cogvlm_hpe.model.modeling import CogVLMForCausalLM
 
@@ -163,3 +164,27 @@ def test_wrong_shapes_are_told_before_any_compute(model: CogVLMForCausalLM) -> N
         model(pixel_values=images(), image_index=one, branch_input_ids=ids, branch_attention_mask=padded_left)
     with pytest.raises(ValueError, match="image slots"):
         model(input_ids=ids, token_type_ids=torch.tensor([[0, 1]]), pixel_values=images())
+
+
+@pytest.mark.parametrize(
+    ("width", "heads", "layers", "side", "vision_heads"), [(16, 1, 1, 1, 1), (48, 6, 2, 2, 3), (40, 2, 4, 5, 4)]
+)
+def test_no_size_is_special(width: int, heads: int, layers: int, side: int, vision_heads: int) -> None:
+    """A plain row and a branch are the same numbers in any shape."""
+    vision = {
+        "hidden_size": 24, "num_hidden_layers": layers, "num_heads": vision_heads, "intermediate_size": 20,
+        "image_size": 14 * side, "patch_size": 14, "num_positions": side**2 + 1,
+    }  # fmt: skip
+    torch.manual_seed(1)
+    config = CogVLMConfig(
+        vocab_size=31, hidden_size=width, intermediate_size=28, num_hidden_layers=layers, num_attention_heads=heads,
+        initializer_range=0.2, vision_config=vision,
+    )  # fmt: skip
+    model = CogVLMForCausalLM(config)
+    pixels, text = torch.randn(1, 3, 14 * side, 14 * side), torch.tensor([[5, 6, 7, 8, 9]])
+    n = side**2 + 2
+    ids = torch.cat([torch.tensor([[1] + [0] * n]), text], dim=1)
+    types = torch.tensor([[0] + [1] * n + [0] * 5])
+    plain = model(ids, types, None, pixels).logits[:, -5:]
+    branch = model(pixel_values=pixels, image_index=torch.tensor([0]), branch_input_ids=text).logits
+    torch.testing.assert_close(plain, branch, rtol=1e-4, atol=1e-5)
