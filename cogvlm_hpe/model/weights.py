@@ -82,7 +82,8 @@ def read_config(folder: Path) -> CogVLMConfig:
 
         return read_sat_config(folder)
     value = read_json(folder / HF_CONFIG)
-    if "rms_norm_eps" not in value:
+    # Files with a model_type are transformers 5's, which leaves out what is at its default.
+    if not {"rms_norm_eps", "model_type"} & value.keys():
         warnings.warn(
             f"{folder / HF_CONFIG}: no rms_norm_eps; took {CogVLMConfig.rms_norm_eps}, as CogVLM was trained",
             stacklevel=2,
