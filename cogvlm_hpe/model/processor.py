@@ -19,6 +19,7 @@ from cogvlm_hpe import dialogue
 from cogvlm_hpe.dialogue import AnswerFormat, Parsed
 from cogvlm_hpe.model.tokenizer import FILE_NAME, SENTENCEPIECE_NAME, SPECIAL_TOKENS, load_tokenizer
 from cogvlm_hpe.model.weights import read_config
+from launcher.errors import UserError
 
 Template = Literal["base", "chat", "vqa"]
 Side = Literal["left", "right"]
@@ -96,9 +97,11 @@ class CogVLMTokenizer(PreTrainedTokenizerFast):
     @classmethod
     def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
         """What transformers calls with the files it found. tokenizer.model counts over tokenizer.json."""
-        path = kwargs.pop("vocab_file", None) or kwargs.get("tokenizer_file")
-        kwargs.pop("tokenizer_file", None)
-        return kwargs | _special_tokens() | {"tokenizer_object": load_tokenizer(path or "")}
+        paths = [kwargs.pop(name, None) for name in cls.vocab_files_names]
+        path = next((path for path in paths if path), None)
+        if path is None:
+            raise UserError(f"no {SENTENCEPIECE_NAME} or {FILE_NAME} there; name a folder that has one")
+        return kwargs | _special_tokens() | {"tokenizer_object": load_tokenizer(path)}
 
     @classmethod
     def around(cls, tokenizer: Tokenizer) -> "CogVLMTokenizer":
@@ -150,7 +153,7 @@ class CogVLMProcessor(ProcessorMixin):
         `tokenizer` is a folder, needed where the base's own has none. Raises UserError.
         """
         folder = Path(pretrained_model_name_or_path)
-        if (folder / _PROCESSOR_FILE).is_file():
+        if tokenizer is None and (folder / _PROCESSOR_FILE).is_file():
             return super().from_pretrained(folder, **kwargs)
         config = read_config(folder)
         return cls(

@@ -220,6 +220,13 @@ def test_a_published_folder_and_a_tokenizers_folder_make_one(tmp_path: Path) -> 
         CogVLMProcessor.from_pretrained(PUBLISHED, tokenizer=resolve_base("tiny"))
 
 
+def test_a_tokenizer_is_read_from_its_folder_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(resolve_base("tiny"))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"tokenizer\.model"):
+        CogVLMTokenizer.from_pretrained(tmp_path)
+
+
 def test_the_tokenizer_adds_nothing_of_itself(processor: CogVLMProcessor) -> None:
     assert processor.tokenizer("  up </s>")["input_ids"] == ids("  up </s>")
     assert not {0, 1, 2} & set(processor.tokenizer("  up </s>")["input_ids"])
