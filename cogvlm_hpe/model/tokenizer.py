@@ -44,8 +44,8 @@ def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Tokeniz
     path = find_tokenizer(folder)
     if path is None:
         raise UserError(
-            f"{folder}: no {SENTENCEPIECE_NAME} or {FILE_NAME} there; put one beside the weights (published CogVLM "
-            "folders hold none: take that of lmsys/vicuna-7b-v1.5), or name its folder by model.tokenizer"
+            f"{folder}: no {SENTENCEPIECE_NAME} or {FILE_NAME} there; put or link one beside the weights (for a "
+            "published CogVLM that of lmsys/vicuna-7b-v1.5), or name its folder by model.tokenizer in a training config"
         )
     tokenizer = read_sentencepiece(path) if path.suffix == ".model" else _read_json(path)
     tokenizer.encode_special_tokens = True
