@@ -44,8 +44,8 @@ def factors_of(pairs: Pairs, alpha: float) -> dict[str, Factor]:
 def pairs_of(factors: Factors, config: CogVLMConfig) -> tuple[dict[str, list[tuple[Tensor, Tensor]]], int]:
     """Factors as SAT's pairs, for every layer that SAT adapts, and their common rank r.
 
-    Layers without a factor get zeros. SAT's code knows alpha = 1 only, so each factor's own scale goes into B, in float32
-    unless it is 1 / r already. The rank goes down to what B uses: what `factors_of` made comes back as it was.
+    Layers without a factor get zeros. SAT's code knows alpha = 1 only, so each factor's own scale goes into B, in
+    float32 unless it is 1 / r already. The rank goes down to what B uses: what `factors_of` made comes back as it was.
     Raises UserError where a factor lies elsewhere.
     """
     homes = _homes(config)

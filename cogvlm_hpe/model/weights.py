@@ -69,7 +69,7 @@ def open_weights(folder: Path) -> Weights:
             return MappedWeights(folder, config, found)
         raise UserError(f"{folder}: no weights there (model*.safetensors or pytorch_model*.bin); copy them beside it")
     if (folder / SAT_CONFIG).is_file():
-        from cogvlm_hpe.model.sat import SatWeights
+        from cogvlm_hpe.model.sat_weights import SatWeights
 
         return SatWeights(folder)
     raise UserError(f"{folder}: no base model there; name a folder with {HF_CONFIG} or SAT's {SAT_CONFIG}")
