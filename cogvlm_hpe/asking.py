@@ -43,7 +43,7 @@ def _about_heads(
 ) -> list[Question]:
     out = []
     for number, head in enumerate(record.heads):
-        if head.visible < min_visible:
+        if head.rotation is None or head.visible < min_visible:
             continue
         if task == "pose":
             yaw_deg, pitch_deg, roll_deg = head.pose_deg

@@ -242,7 +242,7 @@ class _Part:
         for column, value in row.items():
             self._rows[column].append(value)
         self._rows["head_subject"] += [head.subject.encode() for head in known.heads]
-        self._poses += [head.pose_deg for head in known.heads]
+        self._poses += list(known.poses_deg)
 
     def arrays(self) -> Arrays:
         """The columns; subjects are still names."""

@@ -56,7 +56,7 @@ def dense_targets(records: Sequence[Record | None], side: int) -> DenseTargets:
 def _things(record: Record) -> list[tuple[Tensor, int, int, Tensor]]:
     scale = torch.tensor([record.image.width, record.image.height] * 2, dtype=torch.float)
     out = [
-        (torch.tensor(h.bbox, dtype=torch.float) / scale, 1, -100, torch.tensor(h.rotation, dtype=torch.float))
+        (torch.tensor(h.bbox, dtype=torch.float) / scale, 1, -100, torch.tensor(h.rotation or [torch.nan] * 9))
         for h in record.heads
     ]
     for thing in record.objects:

@@ -86,7 +86,8 @@ def key_of(text: str) -> str:
     key = re.sub("/{2,}", "/", key)
     if key == text and 0 < len(key) <= _LONGEST_KEY:
         return key
-    return f"{key[-_LONGEST_KEY + 9 :].lstrip('/')}-{hashlib.sha256(text.encode(errors='surrogateescape')).hexdigest()[:8]}"
+    digest = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+    return f"{key[-_LONGEST_KEY + 9 :].lstrip('/')}-{digest[:8]}"
 
 
 def split_of(subject: str, shares: Mapping[str, float], seed: int) -> str:

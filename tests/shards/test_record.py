@@ -63,6 +63,7 @@ def test_stored_angles_never_say_minus_180() -> None:
         (changed(heads__0__pose={"yaw": 25.0, "pitch": 10.0, "roll": -5.0}), "differ by"),
         (changed(heads__0__rotation=[1.0, 0, 0, 0, 1, 0, 0, 0, -1]), "is not a rotation matrix"),
         (changed(heads__0__rotation=[1.0, 0, 0]), "is not a rotation matrix"),
+        (changed(heads__0__rotation=None), "of rotation and pose one is null"),
         (changed(heads__0__bbox=[10, 10, 10, 20]), "needs x0 < x1"),
         (changed(heads__0__bbox=[10, 10, float("inf"), 20]), "needs x0 < x1"),
         (changed(heads__0__bbox=[10, 10]), "not a record"),
@@ -76,6 +77,28 @@ def test_impossible_records_are_refused_in_one_line(text: str, said: str) -> Non
         from_json(text)
     assert said in str(caught.value) and "\n" not in str(caught.value)
     assert isinstance(caught.value, UserError)
+
+
+def test_a_head_may_have_no_known_rotation() -> None:
+    posed = make()
+    bare = Head((1.0, 2.0, 31.0, 42.0), None, subject="ben", weak=True)
+    mixed = Record(posed.image, [bare, *posed.heads])
+    stored = json.loads(mixed.to_json())["heads"]
+    assert stored[0]["rotation"] is None and stored[0]["pose"] is None and stored[1]["pose"]["yaw"] == 20.0
+    assert from_json(mixed.to_json()).heads[0] == bare
+    np.testing.assert_allclose(mixed.poses_deg, [[20.0, 10.0, -5.0]])
+    assert Record(posed.image, [bare]).poses_deg.shape == (0, 3)
+    assert mixed.mirrored().heads[0].bbox == (609.0, 2.0, 639.0, 42.0) and mixed.mirrored().heads[0].rotation is None
+    with pytest.raises(ValueError, match="no rotation"):
+        _ = bare.pose_deg
+
+
+def test_a_rotation_that_is_wrong_is_numbered_among_all_heads() -> None:
+    value = json.loads(make().to_json())
+    unknown = value["heads"][0] | {"rotation": None, "pose": None}
+    value["heads"] = [unknown, value["heads"][0] | {"pose": {"yaw": 25.0, "pitch": 10.0, "roll": -5.0}}]
+    with pytest.raises(RecordError, match="head 1: pose"):
+        from_json(json.dumps(value))
 
 
 def test_mirrored_twice_is_the_same_record() -> None:
