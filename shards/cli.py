@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_info(commands)
     _add_preview(commands)
     _add_order(commands)
+    _add_fixture(commands)
     return parser
 
 
@@ -236,3 +237,28 @@ def set_and_ratio(text: str) -> tuple[Path, float]:
         return Path(path), float(ratio)
     except ValueError:
         raise UsageError(f"{text!r}: expected DIR or DIR:RATIO with a number") from None
+
+
+def _add_fixture(commands: "Commands") -> None:
+    from shards.sources.fixtures import FIXTURES
+
+    text = (
+        "Write a data set of a few small drawn images with the files, names and formats of the official download: to "
+        "see what a source reads, and to try a build before the real data is there."
+    )
+    command = commands.add_parser("fixture", help="a tiny data set in a source's own format", description=text)
+    command.add_argument("source", choices=FIXTURES, metavar="SOURCE", help=f"one of {', '.join(FIXTURES)}")
+    command.add_argument("folder", type=Path, metavar="DIR", help="new or empty folder")
+    command.set_defaults(run=_fixture)
+
+
+def _fixture(options: argparse.Namespace) -> int:
+    import shlex
+
+    from shards.sources import fixtures
+
+    if _first_rank() is not None:
+        fixtures.write(options.source, options.folder)
+        words = fixtures.build_words(options.source, options.folder)
+        print(f"{options.folder}: written; try: {PROGRAM} {shlex.join(words)} --out {options.source}-fixture")
+    return 0
