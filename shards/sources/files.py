@@ -1,11 +1,12 @@
 """What every source of files on disk needs: images as they are, boxes, splits, JSON; errors that name the file."""
 
+import argparse
 import hashlib
 import io
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -113,10 +114,14 @@ def shares_of(text: str) -> dict[str, float]:
     return shares
 
 
-def read_json(path: Path) -> Any:
-    """The value of a JSON file. Raises UserError."""
+def read_json(path: Path, each: Callable[[dict[str, Any]], Any] | None = None) -> Any:
+    """The value of a JSON file. Raises UserError.
+
+    each: called with every object as it is read; what it returns takes the object's place, so that a file of hundreds
+    of MB need not be in memory whole.
+    """
     try:
-        return json.loads(_text(path))
+        return json.loads(_text(path), object_hook=each)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}); download it again") from None
 

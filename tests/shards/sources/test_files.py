@@ -1,5 +1,6 @@
 """The helpers of the sources: images as they are, boxes, keys, splits, JSON with line numbers."""
 
+import argparse
 import io
 from pathlib import Path
 
@@ -77,6 +78,21 @@ def test_splits_follow_their_shares_and_only_name_and_seed() -> None:
 def test_shares_that_make_no_sense_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="shares"):
         files.shares_of(text)
+
+
+def test_a_part_takes_its_subjects_and_parts_share_none() -> None:
+    parser = argparse.ArgumentParser()
+    files.add_split_arguments(parser, "train")
+    subjects = [str(k) for k in range(200)]
+    assert all(map(files.Part.from_args(parser.parse_args([])).holds, subjects))
+    words = ["--shares", "train=0.5,val=0.5", "--seed", "3"]
+    train = files.Part.from_args(parser.parse_args(words))
+    val = files.Part.from_args(parser.parse_args([*words, "--split", "val"]))
+    assert [train.holds(s) for s in subjects] == [not val.holds(s) for s in subjects]
+    assert 60 < sum(map(train.holds, subjects)) < 140
+    assert val.scope == {"shares": {"train": 0.5, "val": 0.5}, "seed": 3}
+    with pytest.raises(UsageError, match="--split test: .* only fills train, val"):
+        files.Part.from_args(parser.parse_args([*words, "--split", "test"]))
 
 
 def test_json_errors_name_file_and_line(tmp_path: Path) -> None:
