@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -112,6 +113,42 @@ def shares_of(text: str) -> dict[str, float]:
     if not all(0 <= share <= 1 for share in shares.values()) or abs(sum(shares.values()) - 1) > _SHARE_SUM_TOLERANCE:
         raise UsageError(f"shares {text!r}: each must lie in [0, 1], and together they must make 1")
     return shares
+
+
+def add_split_arguments(parser: argparse.ArgumentParser, split: str) -> None:
+    """--split, --shares and --seed of a data set without official splits; by default all of it is `split`."""
+    parser.add_argument("--split", default=split, help=f"the part to take, a name of --shares (default: {split})")
+    shares = f"{split}=1"
+    text = f"parts of the subjects by hash, as in train=0.8,val=0.1,test=0.1 (default: {shares}, all)"
+    parser.add_argument("--shares", default=shares, metavar="NAME=SHARE,…", help=text)
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, other parts (default: 0)")
+
+
+@dataclass(frozen=True)
+class Part:
+    """The part of the subjects that a set takes: those that `split_of` puts into `split`."""
+
+    split: str
+    shares: Mapping[str, float]
+    seed: int = 0
+
+    @staticmethod
+    def from_args(options: argparse.Namespace) -> "Part":
+        """From the options of `add_split_arguments`. Raises UsageError where the shares do not name the split."""
+        shares = shares_of(options.shares)
+        if shares.get(options.split, 0) == 0:
+            names = ", ".join(name for name, share in shares.items() if share)
+            raise UsageError(f"--split {options.split}: --shares {options.shares} only fills {names}; name one of them")
+        return Part(options.split, shares, options.seed)
+
+    def holds(self, subject: str) -> bool:
+        """Whether this subject belongs to the part."""
+        return split_of(subject, self.shares, self.seed) == self.split
+
+    @property
+    def scope(self) -> dict[str, Any]:
+        """What a shard set records of it."""
+        return {"shares": dict(self.shares), "seed": self.seed}
 
 
 def read_json(path: Path, each: Callable[[dict[str, Any]], Any] | None = None) -> Any:
