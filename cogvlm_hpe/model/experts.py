@@ -107,7 +107,8 @@ class ExpertAttention(nn.Module):
         of = _same if adapted else unadapted
         qkv = routing(x_BLD, of(self.language_expert_query_key_value), self.vision_expert_query_key_value)
         qkv = qkv.view(*x_BLD.shape[:2], 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
-        return qkv[0], qkv[1], qkv[2]
+        # A view would keep all of qkv alive for as long as the values are: three times their size.
+        return qkv[0], qkv[1], qkv[2].contiguous()
 
     def merge(self, heads_BALE: Tensor, routing: Callable, adapted: bool) -> Tensor:
         """(B, A, L, E) to (B, L, D)."""
