@@ -13,6 +13,7 @@ from shards import pose
 
 CONVENTION = "hpe-v1"
 _POSE_TOLERANCE_DEG = 0.1
+_ORTHONORMAL = 1e-4
 _LIMITS_DEG = {"yaw": 180.0, "pitch": 90.0, "roll": 180.0}
 _SIDE = re.compile(r"\b(left|right)(?=\b|most\b|wards?\b)", re.IGNORECASE)
 
@@ -126,7 +127,7 @@ def from_json(text: str | bytes) -> Record:
     """Read and check a record. Raises RecordError; the caller adds shard and key."""
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RecordError(f"not JSON ({error}); rebuild the shard") from None
     try:
         return _record(value)
@@ -140,9 +141,7 @@ def _record(value: dict[str, Any]) -> Record:
     raw = dict(value["image"])
     camera = raw.pop("camera", None)
     image = Image(**raw, camera=Camera(**camera) if camera else None)
-    if image.width <= 0 or image.height <= 0:
-        raise RecordError(f"image size {image.width}x{image.height}: both sides must be positive")
-    _check_poses(list(enumerate(value["heads"])))
+    _check_image(image)
     heads = [_head(f"head {i}", head) for i, head in enumerate(value["heads"])]
     objects = [
         Object(str(o["expression"]), _box(f"object {i} ({o['expression']!r})", o["bbox"]))
@@ -151,35 +150,72 @@ def _record(value: dict[str, Any]) -> Record:
     return Record(image, heads, objects)
 
 
-def _check_poses(heads: list[tuple[int, dict[str, Any]]]) -> None:
-    """Each known rotation is one, its pose in range, and both are the same; all heads in one go, for speed."""
-    for i, head in heads:
-        if (head["rotation"] is None) != (head["pose"] is None):
-            raise RecordError(f"head {i}: of rotation and pose one is null; both or none must be")
-    heads = [(i, head) for i, head in heads if head["rotation"] is not None]
-    for i, head in heads:
-        if np.size(head["rotation"]) != 9:
-            raise RecordError(f"head {i}: rotation {head['rotation']} is not a rotation matrix (9 numbers, row by row)")
-        for angle, limit in _LIMITS_DEG.items():
-            if not abs(head["pose"][angle]) <= limit:
-                raise RecordError(f"head {i}: {angle} {head['pose'][angle]} deg is outside [-{limit:g}, {limit:g}]")
-    rotations = np.array([head["rotation"] for _, head in heads], dtype=float).reshape(-1, 3, 3)
-    triples = np.array([[head["pose"][angle] for angle in _LIMITS_DEG] for _, head in heads], float).reshape(-1, 3)
-    sound = pose.is_rotation(rotations)
-    gaps_deg = pose.geodesic_deg(pose.rotation_from_pose(*triples.T), rotations)
-    for k, (i, head) in enumerate(heads):
-        if not sound[k]:
-            rule = "is not a rotation matrix (orthonormal, det +1)"
-            raise RecordError(f"head {i}: rotation {head['rotation']} {rule}")
-        if gaps_deg[k] > _POSE_TOLERANCE_DEG:
-            said = f"pose {head['pose']} and rotation differ by {gaps_deg[k]:.2f} deg"
-            raise RecordError(f"head {i}: {said}; they must be one pose")
+def _check_image(image: Image) -> None:
+    for side in (image.width, image.height):
+        if type(side) is not int or side <= 0:
+            raise RecordError(f"image size {image.width}x{image.height}: both sides must be positive whole numbers")
+    for name in (image.source, image.id, image.subject):
+        if type(name) is not str:
+            raise RecordError(f"image source, id and subject must be text, one is {name!r}")
+    camera = image.camera
+    if camera is not None and not all(map(math.isfinite, (camera.fx, camera.fy, camera.cx, camera.cy))):
+        raise RecordError(f"{camera}: its numbers must be finite")
+
+
+def _rotation(name: str, value: list[Any] | None, triple: dict[str, float] | None) -> tuple[float, ...] | None:
+    """The rotation, checked: it is one, the pose is in range, and both are the same.
+
+    Plain floats: for the few heads of one image numpy and scipy would cost ten times as much.
+    """
+    if value is None or triple is None:
+        if value is not None or triple is not None:
+            raise RecordError(f"{name}: of rotation and pose one is null; both or none must be")
+        return None
+    flat = [entry for row in value for entry in row] if len(value) == 3 and isinstance(value[0], list) else value
+    if len(flat) != 9:
+        raise RecordError(f"{name}: rotation {value} is not a rotation matrix (9 numbers, row by row)")
+    rotation = tuple(map(float, flat))
+    for angle, limit in _LIMITS_DEG.items():
+        if not abs(triple[angle]) <= limit:
+            raise RecordError(f"{name}: {angle} {triple[angle]} deg is outside [-{limit:g}, {limit:g}]")
+    if not _is_rotation(rotation):
+        raise RecordError(f"{name}: rotation {value} is not a rotation matrix (orthonormal, det +1)")
+    meant = _rotation_from_pose(*(math.radians(triple[angle]) for angle in _LIMITS_DEG))
+    # As in pose.geodesic_deg: 2·asin(|A - B|_F / (2·√2)).
+    gap_deg = math.degrees(2.0 * math.asin(min(math.dist(meant, rotation) / math.sqrt(8.0), 1.0)))
+    if gap_deg > _POSE_TOLERANCE_DEG:
+        raise RecordError(f"{name}: pose {triple} and rotation differ by {gap_deg:.2f} deg; they must be one pose")
+    return rotation
+
+
+def _is_rotation(m: tuple[float, ...]) -> bool:
+    a, b, c, d, e, f, g, h, i = m
+    sound = (
+        abs(a * a + b * b + c * c - 1.0) <= _ORTHONORMAL
+        and abs(d * d + e * e + f * f - 1.0) <= _ORTHONORMAL
+        and abs(g * g + h * h + i * i - 1.0) <= _ORTHONORMAL
+        and abs(a * d + b * e + c * f) <= _ORTHONORMAL
+        and abs(a * g + b * h + c * i) <= _ORTHONORMAL
+        and abs(d * g + e * h + f * i) <= _ORTHONORMAL
+    )
+    return sound and a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g) > 0.0
+
+
+def _rotation_from_pose(yaw: float, pitch: float, roll: float) -> tuple[float, ...]:
+    """Radians to Rx(-pitch) · Ry(yaw) · Rz(roll), row by row, written out."""
+    cy, sy, cp, sp = math.cos(yaw), math.sin(yaw), math.cos(pitch), math.sin(pitch)
+    cr, sr = math.cos(roll), math.sin(roll)
+    return (
+        *(cy * cr, -cy * sr, sy),
+        *(cp * sr - sp * sy * cr, cp * cr + sp * sy * sr, sp * cy),
+        *(-sp * sr - cp * sy * cr, -sp * cr + cp * sy * sr, cp * cy),
+    )
 
 
 def _head(name: str, value: dict[str, Any]) -> Head:
     return Head(
         bbox=_box(name, value["bbox"]),
-        rotation=None if value["rotation"] is None else tuple(map(float, np.ravel(value["rotation"]))),
+        rotation=_rotation(name, value["rotation"], value["pose"]),
         visible=_share(name, "visible", value["visible"]),
         weak=bool(value.get("weak", False)),
         confidence=_share(name, "confidence", value.get("confidence", 1.0)),

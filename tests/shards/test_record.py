@@ -56,6 +56,11 @@ def test_stored_angles_never_say_minus_180() -> None:
         ("[]", "not a record"),
         (changed(convention="hpe-v0"), "convention 'hpe-v0'"),
         (changed(image__width=0), "both sides must be positive"),
+        (changed(image__width=48.0), "both sides must be positive whole numbers"),
+        (changed(image__subject=7), "subject must be text, one is 7"),
+        (changed(image__camera={"fx": 1.0, "fy": 1.0, "cx": float("nan"), "cy": 0.0}), "its numbers must be finite"),
+        (changed(image__camera={"fx": 1.0, "fy": 1.0, "cx": "2", "cy": 0.0}), "not a record"),
+        ("[" * 100_000, "not JSON"),
         (changed(image__colour="red"), "not a record"),
         (changed(heads__0__pose={"yaw": 412.0, "pitch": 0.0, "roll": 0.0}), "yaw 412.0 deg is outside [-180, 180]"),
         (changed(heads__0__pose={"yaw": 0.0, "pitch": 91.0, "roll": 0.0}), "pitch 91.0 deg is outside [-90, 90]"),
@@ -91,6 +96,24 @@ def test_a_head_may_have_no_known_rotation() -> None:
     assert mixed.mirrored().heads[0].bbox == (609.0, 2.0, 639.0, 42.0) and mixed.mirrored().heads[0].rotation is None
     with pytest.raises(ValueError, match="no rotation"):
         _ = bare.pose_deg
+
+
+@given(st.floats(-180, 180), st.floats(-90, 90), st.floats(-180, 180), st.floats(0, 0.3))
+def test_the_check_of_a_pose_is_that_of_the_pose_module(yaw: float, pitch: float, roll: float, off_deg: float) -> None:
+    value = json.loads(make().to_json())
+    rotation = pose.rotation_from_pose(yaw, pitch, roll) @ pose.rotation_from_pose(0.0, 0.0, off_deg)
+    value["heads"][0] |= {"rotation": rotation.tolist(), "pose": {"yaw": yaw, "pitch": pitch, "roll": roll}}
+    assert abs(off_deg - 0.1) < 1e-6 or refused(value) == (off_deg > 0.1)
+    value["heads"][0]["rotation"] = (rotation * (1.0 + off_deg / 1000)).ravel().tolist()
+    assert refused(value) or pose.is_rotation(rotation * (1.0 + off_deg / 1000))
+
+
+def refused(value: dict[str, Any]) -> bool:
+    try:
+        from_json(json.dumps(value))
+    except RecordError:
+        return True
+    return False
 
 
 def test_a_rotation_that_is_wrong_is_numbered_among_all_heads() -> None:
