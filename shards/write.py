@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
@@ -203,7 +203,8 @@ def _write_sample(writer: Any, part: "_Part", sample: Sample, name: str) -> None
         raise UserError(f"{name}: key {sample.key!r} is not 1 to 90 letters, digits, _, - and /")
     text = sample.record.to_json().encode()
     try:
-        record.from_json(text)
+        # The index says what readers will find: poses after rounding, which may lie across the edge of a bin.
+        sample = replace(sample, record=record.from_json(text))
     except record.RecordError as error:
         raise UserError(f"{name}, key {sample.key}: {error}; the source gives an impossible record") from None
     part.add(sample, len(text), writer.tarstream.offset)
