@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from shards.sources import biwi, cogvlm, flickr30k, refcoco, synthetic, visual7w, w300lp
+from shards.sources import biwi, cogvlm, crowdhuman, flickr30k, refcoco, synthetic, visual7w, w300lp
 
 if TYPE_CHECKING:
     from shards.write import Source
@@ -17,6 +17,7 @@ SOURCES: "dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[a
     "aflw2000": (w300lp.add_aflw2000_arguments, w300lp.from_aflw2000_args),
     "biwi": (biwi.add_arguments, biwi.from_args),
     "cogvlm": (cogvlm.add_arguments, cogvlm.from_args),
+    "crowdhuman": (crowdhuman.add_arguments, crowdhuman.from_args),
     "flickr30k": (flickr30k.add_arguments, flickr30k.from_args),
     "refcoco": (refcoco.add_arguments, refcoco.from_args),
     "synthetic": (synthetic.add_arguments, synthetic.from_args),
