@@ -1,5 +1,7 @@
 """Every source reads a data set in the official format: fixture, build and verify, as a user would go."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,3 +54,18 @@ def test_a_name_that_does_not_exist_is_a_usage_error(capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit) as end:
         main(["fixture", "imagenet", "somewhere"])
     assert end.value.code == 2 and "imagenet" in capsys.readouterr().err
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = """
+import sys
+from shards.cli import main
+try:
+    main(["fixture", "--help"])
+except SystemExit as end:
+    assert end.code == 0
+assert not {"numpy", "PIL", "scipy", "torch", "defusedxml", "mpi4py"} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "refcoco" in done.stdout

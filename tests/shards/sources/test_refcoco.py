@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 from sourcing import fills_its_box, named_in, pixels_of, records_of, source_of
 
+from launcher.comm import single
 from launcher.errors import UsageError, UserError
 from shards.sources.fixtures import drawing
 from shards.sources.fixtures import refcoco as fixture
+from shards.verify import verify
+from shards.write import build
 
 RED, BLUE, GREEN = (10, 12, 40, 52), (50, 8, 86, 32), (40, 40, 60, 56)
 
@@ -139,3 +142,11 @@ def test_the_fixtures_pickles_are_those_of_python_2(folder: Path) -> None:
         found = pickle.loads(data, encoding="latin1")
         assert [ref["split"] for ref in found] == [split for _, _, split, _ in refs]
         assert found[0]["sentences"][0]["sent"] == refs[0][3][0]
+
+
+def test_a_photo_in_two_data_sets_is_found_as_a_leak(folder: Path, tmp_path: Path) -> None:
+    words = {"one": ["--split", "testA"], "other": ["--dataset", "refcocog", "--split", "val"]}
+    for name, chosen in words.items():
+        build(source_of("refcoco", folder, *chosen), tmp_path / name, single())
+    findings = verify([tmp_path / name for name in words], single())
+    assert len(findings) == 1 and "share 1 subjects: coco-31" in findings[0]
