@@ -7,8 +7,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from shards.index import ShardSet
+from shards.pixels import decode_pixels
 from shards.record import Record
-from shards.stream import decode_pixels
 
 Pixels = np.ndarray
 Colour = tuple[int, int, int]

@@ -70,6 +70,11 @@ class ShardSet:
         """(N,) heads in each sample."""
         return self.arrays["n_heads"]
 
+    @property
+    def shard_sizes(self) -> list[int]:
+        """Samples in each shard."""
+        return [shard["samples"] for shard in self.info["shards"]]
+
     @cached_property
     def head_starts(self) -> NDArray[np.int64]:
         """(N + 1,) where each sample's heads begin in arrays that hold all heads in a row."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
 from math import gcd, lcm
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -33,6 +33,18 @@ class Slot(NamedTuple):
     sample: int
     epoch: int
     position: int
+
+
+class Indexed(Protocol):
+    """What a plan asks of a shard set."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def shard_sizes(self) -> list[int]: ...
+
+    @property
+    def n_heads(self) -> Any: ...
 
 
 class Plan:
@@ -87,6 +99,17 @@ class Plan:
         """(period,) set of each position of a period."""
         one_hot = self.pattern[:, None] == np.arange(len(self.sizes))
         self._before = np.vstack([np.zeros(len(self.sizes), np.int64), np.cumsum(one_hot, axis=0, dtype=np.int64)])
+
+    @classmethod
+    def of(cls, sets: Sequence[Indexed], ratios: Sequence[float], seed: int, batch: int, **options: int) -> "Plan":
+        """The plan over shard sets; options: block_shards, bucket_batches."""
+        shard_sizes, heads = [s.shard_sizes for s in sets], [s.n_heads for s in sets]
+        return cls([len(s) for s in sets], ratios, seed, batch, shard_sizes=shard_sizes, heads=heads, **options)
+
+    def options(self) -> dict[str, Any]:
+        """What Plan.of takes besides the sets."""
+        options = {name: getattr(self, name) for name in ("block_shards", "bucket_batches")}
+        return {"ratios": [*self.ratios], "seed": self.seed, "batch": self.batch} | options
 
     def batch_at(self, n: int) -> list[Slot]:
         """The B slots of global batch n, in order."""

@@ -12,8 +12,8 @@ from launcher import files
 from launcher.comm import Comm
 from launcher.progress import Progress
 from shards.index import SampleError, ShardSet, open_set
+from shards.pixels import decode_pixels
 from shards.record import Record
-from shards.stream import decode_pixels
 from shards.write import pose_histogram
 
 _OUTSIDE_PX = 1.0

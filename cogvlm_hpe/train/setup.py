@@ -7,6 +7,7 @@ rate 0; 7. stream from the next step.
 
 import os
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from cogvlm_hpe.train.partition import is_split, load_partitioned, piece, rank_d
 from launcher.comm import Comm
 from launcher.errors import UserError
 from launcher.world import World
+from shards.augment import Augment
 from shards.index import ShardSet, open_set
 from shards.plan import Plan
 from shards.stream import Stream
@@ -84,10 +86,17 @@ def setup(config: RunConfig, world: World, comm: Comm, *, resume: bool, allow_ch
         write_run_json(run_dir, world, threads, start_s, first_step)
     monitor = Monitor(run_dir, comm, first_step)
     describe_start(monitor, config, module, world, threads, from_folder)
-    plan = Plan([len(s) for s in sets], [s.ratio for s in config.shards.train], config.shards.seed, config.shards.batch)
+    plan = make_plan(config.shards, sets)
     stream = make_stream(config.shards, sets, plan, comm, model.config.vision_config["image_size"], first_step)  # 7
     describe = describe_files(config, base, lora, model, tokenizer)
     return Run(config, comm, engine, collator, plan, stream, monitor, describe, first_step)
+
+
+def make_plan(shards: ShardsConfig, sets: list[ShardSet]) -> Plan:
+    """Which samples make which global batch."""
+    ratios = [entry.ratio for entry in shards.train]
+    options = {"block_shards": shards.block_shards, "bucket_batches": shards.bucket_batches}
+    return Plan.of(sets, ratios, shards.seed, shards.batch, **options)
 
 
 def make_stream(
@@ -103,7 +112,8 @@ def make_stream(
         start=first_step,
         workers=shards.workers,
         on_bad_sample=shards.on_bad_sample,
-        flip=shards.flip,
+        augment=Augment(shards.flip, **asdict(shards.augment)),
+        pin=True,
     )
 
 
