@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from shards.sources import biwi, cogvlm, crowdhuman, flickr30k, refcoco, synthetic, visual7w, w300lp
+from shards.sources import biwi, cogvlm, crowdhuman, flickr30k, refcoco, synthetic, table, visual7w, w300lp
 
 if TYPE_CHECKING:
     from shards.write import Source
@@ -21,5 +21,6 @@ SOURCES: "dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[a
     "flickr30k": (flickr30k.add_arguments, flickr30k.from_args),
     "refcoco": (refcoco.add_arguments, refcoco.from_args),
     "synthetic": (synthetic.add_arguments, synthetic.from_args),
+    "table": (table.add_arguments, table.from_args),
     "visual7w": (visual7w.add_arguments, visual7w.from_args),
 }
