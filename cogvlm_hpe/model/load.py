@@ -152,7 +152,7 @@ def load(
     if adapter is not None:
         put_adapter(model, Path(adapter), folder, notes)
     where = tokenizer or _tokenizer_folder(folder, notes)
-    return Loaded(model.to(device).eval(), load_tokenizer(Path(where)), notes)
+    return Loaded(model.to(device).eval(), load_tokenizer(Path(where), model.config.vocab_size), notes)
 
 
 def put_adapter(model: CogVLMForCausalLM, adapter: Path, base: Path, notes: dict[str, Any]) -> None:

@@ -67,7 +67,7 @@ def setup(config: RunConfig, world: World, comm: Comm, *, resume: bool, allow_ch
         refuse_changes(run_dir, config)
     sets = [open_set(entry.path) for entry in config.shards.train]
     base = resolve_base(config.model.base)
-    tokenizer = load_tokenizer(config.model.tokenizer or base)
+    tokenizer = load_tokenizer(config.model.tokenizer or base, read_config(base).vocab_size)
     prepare_deepspeed()
     torch.manual_seed(config.train.seed)
     model = make_model(config, base, comm, accumulation)  # 2
