@@ -160,7 +160,7 @@ def read_pose(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """(3, 3) our M, in the depth camera's axes, and (3,) head centre in mm, from a pose.txt. Raises UserError."""
     numbers = _numbers(path, least=12)
     rotation = numbers[:9].reshape(3, 3)
-    if not pose.is_rotation(rotation, tolerance=1e-3):
+    if not pose.is_rotation(rotation):
         raise UserError(f"{path}: its first 9 numbers are no rotation matrix; extract the file again")
     return rotation, numbers[9:12]
 
@@ -169,7 +169,7 @@ def read_camera(path: Path) -> RgbCamera:
     """A .cal file: intrinsics, distortion, rotation, translation and image size. Raises UserError."""
     numbers = _numbers(path, least=23)
     rotation = numbers[-14:-5].reshape(3, 3)
-    if not pose.is_rotation(rotation, tolerance=1e-3):
+    if not pose.is_rotation(rotation):
         raise UserError(f"{path}: its last rows do not start with a rotation matrix; extract the file again")
     width, height = numbers[-2:].astype(int).tolist()
     return RgbCamera(numbers[:9].reshape(3, 3), rotation, numbers[-5:-2], (width, height))
