@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_model import small_model
 from tiny_model import small_config
 
 from cogvlm_hpe.model import load as loading
 from cogvlm_hpe.model.configuration import CogVLMConfig
+from cogvlm_hpe.model.convert import Source, write_sat
 from cogvlm_hpe.model.load import empty_model, load, load_base, resolve_base
 from cogvlm_hpe.model.modeling import CogVLMForCausalLM
 from cogvlm_hpe.model.weights import open_weights
@@ -60,6 +62,24 @@ def test_frozen_weights_are_the_mapped_file_itself(base: Path) -> None:
     model = load_base(base, torch.bfloat16)
     places = mapped(base / "model.safetensors")
     assert all(any(p.data_ptr() in place for place in places) for p in model.parameters())
+
+
+@pytest.mark.parametrize(("form", "is_mapped"), [("bin", True), ("sat 1", True), ("sat 2", False)])
+def test_every_form_of_a_base_loads_alike(tmp_path: Path, form: str, is_mapped: bool) -> None:
+    model = small_model()
+    model.save_pretrained(tmp_path / "base")
+    out = tmp_path / "other"
+    if form == "bin":
+        out.mkdir()
+        shutil.copy(tmp_path / "base" / "config.json", out)
+        torch.save(model.state_dict(), out / "pytorch_model.bin")
+    else:
+        write_sat(Source(open_weights(tmp_path / "base")), out, int(form[-1]))
+    loaded = load_base(resolve_base(out))
+    for name, parameter in model.named_parameters():
+        assert loaded.get_parameter(name).equal(parameter), name
+    places = [place for path in out.rglob("*") for place in mapped(path)]
+    assert all(any(p.data_ptr() in place for place in places) for p in loaded.parameters()) == is_mapped
 
 
 @pytest.mark.parametrize("options", [{"own": True, "dtype": torch.bfloat16}, {"dtype": torch.float32}])
