@@ -100,7 +100,8 @@ class _Sent:
         self._error = error
         self._seen = [item.image is not None for item in items]
         images = [item.image for item in items if item.image is not None]
-        self._images = _stacked(images, shared) if images else None
+        self._shapes = [image.shape for image in images]
+        self._images = _joined(images, shared) if images else None
         self._items = [replace(item, image=None) for item in items]
 
     def pin_memory(self) -> "_Sent":
@@ -113,18 +114,20 @@ class _Sent:
         """The batch as it was. Raises the UserError that fetching it raised."""
         if self._error is not None:
             raise self._error
-        images = iter(()) if self._images is None else iter(self._images)
+        parts = () if self._images is None else self._images.split([shape.numel() for shape in self._shapes])
+        images = iter([part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)])
         return [
             replace(item, image=next(images)) if seen else item
             for item, seen in zip(self._items, self._seen, strict=True)
         ]
 
 
-def _stacked(images: "list[torch.Tensor]", shared: bool) -> "torch.Tensor":
-    """(n, 3, S, S); straight into shared memory where it is to be sent, which saves a copy."""
+def _joined(images: "list[torch.Tensor]", shared: bool) -> "torch.Tensor":
+    """All values in one row; straight into shared memory where it is to be sent, which saves a copy."""
     import torch
 
     batch = torch.empty(0, dtype=torch.uint8)
+    size = sum(image.numel() for image in images)
     if shared:
-        batch.set_(torch.UntypedStorage._new_shared(len(images) * images[0].numel()))
-    return torch.stack(images, out=batch.resize_(len(images), *images[0].shape))
+        batch.set_(torch.UntypedStorage._new_shared(size))
+    return torch.cat([image.reshape(-1) for image in images], out=batch.resize_(size))

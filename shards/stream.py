@@ -4,10 +4,10 @@ One item of the loader is one rank's share of one global batch, so workers can o
 which samples are in it or in which order they come. The whole state of a stream is the number of the next batch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import torch
 
 OnBadSample = Literal["fail", "skip"]
+View: TypeAlias = "Callable[[np.ndarray, Record], torch.Tensor]"
+"""What else may be made of an image (H, W, 3) and its record: any uint8 tensor, such as crops of its heads."""
 MOST_BAD_IN_A_ROW = 100
 _AS_STORED = Augment()
 
@@ -37,7 +39,7 @@ class Item:
     slot: Slot
     key: str
     image: "torch.Tensor | None"
-    """(3, S, S) uint8, RGB."""
+    """(3, S, S) uint8, RGB; or what a view made of it."""
     record: Record | None
     """Boxes and camera in pixels of the stored image, or of the crop that augmentation made of it."""
     mirrored: bool = False
@@ -60,10 +62,11 @@ class Batch(tuple[int, list[Item]]):
 class Stream:
     """Yields Batch (n, items) for n = start, start + 1, … without end: `rank`'s share of global batch n, in plan order.
 
-    image_size: side S in pixels; None reads and checks the bytes but decodes no image. workers: reader processes (0:
-    decode in this one). Bad samples raise UserError, or with "skip" leave a hole and are counted in `skipped`; a
-    hundred of them in a row are no bad luck and raise UserError too. augment: what may happen to images and records.
-    pin: images lie in page-locked memory where there is CUDA.
+    image_size: side S in pixels; None reads and checks the bytes but decodes no image; or a view, a function that can
+    be pickled, of images as they are stored. workers: reader processes (0: decode in this one). Bad samples raise
+    UserError, or with "skip" leave a hole and are counted in `skipped`; a hundred of them in a row are no bad luck and
+    raise UserError too. augment: what may happen to images and records. pin: images lie in page-locked memory where
+    there is CUDA.
     """
 
     def __init__(
@@ -72,7 +75,7 @@ class Stream:
         plan: Plan,
         rank: int,
         size: int,
-        image_size: int | None,
+        image_size: "int | View | None",
         start: int = 0,
         workers: int = 0,
         on_bad_sample: OnBadSample = "fail",
@@ -84,6 +87,8 @@ class Stream:
         if not 0 <= rank < size:
             raise UsageError(f"rank {rank} of {size}: ranks count from 0")
         rank_share(range(plan.batch), rank, size)
+        if callable(image_size) and augment not in (None, _AS_STORED):
+            raise UsageError("a view of images as they are stored is not augmented; leave augment out")
         self.skipped = 0
         self._plan, self._start, self._workers, self._pin = plan, start, workers, pin
         reader = Reader(list(sets), image_size, on_bad_sample)
@@ -105,7 +110,7 @@ def read_all(
     rank: int,
     size: int,
     batch: int,
-    image_size: int | None,
+    image_size: "int | View | None",
     workers: int = 0,
     limit: int | None = None,
     on_bad_sample: OnBadSample = "fail",
@@ -124,7 +129,7 @@ def read_all(
 class Reader:
     """Reads slots into items; the part of a stream that runs in the workers."""
 
-    def __init__(self, sets: list[ShardSet], image_size: int | None, on_bad_sample: OnBadSample) -> None:
+    def __init__(self, sets: list[ShardSet], image_size: "int | View | None", on_bad_sample: OnBadSample) -> None:
         self.sets, self._image_size = sets, image_size
         self._skips = on_bad_sample == "skip"
 
@@ -153,6 +158,8 @@ class Reader:
             raise shard_set.sample_error(i, str(error)) from None
         except ValueError as error:
             raise shard_set.sample_error(i, f"the {extension} does not decode ({error})") from None
+        if callable(self._image_size):
+            return self._image_size(pixels, known)
         return change.finish(resize(change.cut(pixels), self._image_size or len(pixels)))
 
 
