@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -149,12 +150,21 @@ def _write_shards(weights: Weights, folder: Path, max_shard_bytes: int) -> None:
         for file, names in plan.filename_to_tensors.items():
             shard = {}
             for name in names:
-                shard[name] = table.clone() if name in rotary else weights.read(name).contiguous()
+                shard[name] = table.clone() if name in rotary else _taken(weights, name)
                 bar.advance()
             save_file(shard, folder / file, metadata={"format": "pt"})
+            for name in shard.keys() - rotary:
+                weights.forget(name)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _taken(weights: Weights, name: str) -> torch.Tensor:
+    """The tensor, without the pages it was put together from; a view of a file reads its own again when written."""
+    tensor = weights.read(name).contiguous()
+    weights.forget(name)
+    return tensor
 
 
 def write_sat(source: Source, out: Path, mp_size: int) -> None:
@@ -167,15 +177,20 @@ def write_sat(source: Source, out: Path, mp_size: int) -> None:
         raise UsageError(f"--mp {mp_size} with an unmerged LoRA: SAT splits none; add --merge, or leave out --mp")
     config = sat.sat_config(weights.config, mp_size)
     _check_mp(weights, mp_size)
-    pairs, rank = pairs_of(factors, weights.config) if factors else ({}, 0)
+    pairs, lora_rank = pairs_of(factors, weights.config) if factors else ({}, 0)
     if factors:
-        config |= {"model_class": "FineTuneTestCogVLMModel", "use_lora": True, "lora_rank": rank, "layer_range": None}
+        config |= {
+            "model_class": "FineTuneTestCogVLMModel",
+            "use_lora": True,
+            "lora_rank": lora_rank,
+            "layer_range": None,
+        }
     _need_room(out, _bytes(weights))
     with atomic_folder(out) as folder:
         (folder / "1").mkdir()
-        with Progress().bar("write tensors", mp_size * len(weights.names())) as bar:
-            for mp_rank in range(mp_size):
-                entries = _base_entries(weights, mp_rank, mp_size, set(pairs)) + _lora_entries(pairs)
+        ranks = [_base_entries(weights, rank, mp_size, set(pairs)) + _lora_entries(pairs) for rank in range(mp_size)]
+        with Progress().bar("write tensors", sum(len(entries) for entries in ranks)) as bar:
+            for mp_rank, entries in enumerate(ranks):
                 save_entries(folder / "1" / rank_file(mp_rank), "module", entries, bar.advance)
         _write_json(folder / SAT_CONFIG, config)
         _copy_companions(weights.folder, folder)
@@ -194,7 +209,8 @@ def _base_entries(weights: Weights, mp_rank: int, mp_size: int, adapted: set[str
         def read(name: str = name, rule: sat.Rule = rule) -> torch.Tensor:
             return sat.split(weights.read(name), rule, mp_rank, mp_size)
 
-        entries.append(Entry(renamed, sat.split_shape(weights.shape(name), rule, mp_size), weights.dtype(name), read))
+        shape = sat.split_shape(weights.shape(name), rule, mp_size)
+        entries.append(Entry(renamed, shape, weights.dtype(name), read, partial(weights.forget, name)))
     return entries
 
 

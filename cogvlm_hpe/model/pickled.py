@@ -33,16 +33,17 @@ _STORAGES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to write: what must be known at once, and how to get it when its turn comes."""
+    """A tensor to write: what must be known at once, how to get it when its turn comes, and how to let go of it."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
+    forget: Callable[[], None] = lambda: None
 
 
 def save_entries(path: Path, key: str, entries: Sequence[Entry], done: Callable[[], None] = lambda: None) -> None:
-    """Write `{key: {name: tensor, …}}` for `torch.load`; `done` is called after each tensor. At most one is in memory.
+    """Write `{key: {name: tensor, …}}` for `torch.load`; `done` is called after each, and its memory is given back.
 
     Raises ValueError where a tensor is not of the shape and type its entry says.
     """
@@ -54,6 +55,8 @@ def save_entries(path: Path, key: str, entries: Sequence[Entry], done: Callable[
                 raise ValueError(f"{entry.name}: {tuple(tensor.shape)} {tensor.dtype}, not {entry.shape} {entry.dtype}")
             values = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
             _write(archive, f"data/{number}", memoryview(values))
+            del tensor, values
+            entry.forget()
             done()
         _write(archive, "byteorder", sys.byteorder.encode())
         _write(archive, "version", b"3\n")

@@ -144,6 +144,10 @@ class MergedWeights:
             return self._base.flat(name, start, stop)
         return self.read(name).reshape(-1)[start:stop]
 
+    def forget(self, name: str) -> None:
+        """Of the base."""
+        self._base.forget(name)
+
 
 def adapter_like(folder: Path, base_fingerprint: str, alpha: float) -> Adapter:
     """What adapter_config.json and hpe.json say of an adapter that came from a SAT LoRA, apart from its layers."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cogvlm_hpe.model.sat import Rule, hf_module, hf_name, merge, merge_flat, read_sat_config, split_rule
 from cogvlm_hpe.model.unpickle import load_pickled
-from cogvlm_hpe.model.weights import SAT_CONFIG, state_dict
+from cogvlm_hpe.model.weights import SAT_CONFIG, drop_pages, state_dict
 from launcher.errors import UserError
 
 LATEST = "latest"
@@ -87,6 +87,11 @@ class SatWeights:
     def flat(self, name: str, start: int, stop: int) -> Tensor:
         """Reads only the parts that these elements lie in."""
         return merge_flat(self._parts(name), self._rule(name), start, stop)
+
+    def forget(self, name: str) -> None:
+        """Drop the mapped pages of every part."""
+        for part in self._parts(name):
+            drop_pages(part)
 
     def _parts(self, name: str) -> list[Tensor]:
         return [rank.base[name] for rank in self._ranks]

@@ -6,6 +6,7 @@ made, and everything else is refused by name.
 """
 
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ _INERT = {
 }
 _INERT_PACKAGES = ("numpy.", "deepspeed.", "sat.")
 _ZIP_MAGIC = b"PK\x03\x04"
+_ASKED = re.compile(r"GLOBAL (\S+)")
+_CAUSE = re.compile(r"WeightsUnpickler error: *(\S.*)")
 _REASON_CHARS = 100
 
 
@@ -54,7 +57,9 @@ def load_pickled(path: Path) -> Any:
         with safe_globals(_stand_ins(path) if mapped else []):
             return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path}: refused, it holds more than tensors ({_reason(error)}); load no such file") from None
+        if found := _ASKED.search(str(error)):
+            raise _refused(path, [found[1]]) from None
+        raise UserError(f"{path}: not a whole checkpoint file ({_reason(error)}); copy it again") from None
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, AttributeError, IndexError) as error:
         raise UserError(f"{path}: not a whole checkpoint file ({_reason(error)}); copy it again") from None
 
@@ -66,10 +71,7 @@ def _stand_ins(path: Path) -> list[type]:
     names = sorted(get_unsafe_globals_in_checkpoint(path))
     foreign = [name for name in names if name not in _INERT and not name.startswith(_INERT_PACKAGES)]
     if foreign:
-        raise UserError(
-            f"{path}: refused, it asks for {', '.join(foreign)}: a checkpoint needs only tensors and plain containers; "
-            "load such a file only in the program that wrote it, and save the state dict alone"
-        )
+        raise _refused(path, foreign)
     return [_stand_in(name) for name in names]
 
 
@@ -78,6 +80,14 @@ def _stand_in(name: str) -> type:
     return type(qualified, (Inert,), {"__module__": module, "__qualname__": qualified})
 
 
+def _refused(path: Path, names: list[str]) -> UserError:
+    return UserError(
+        f"{path}: refused, it asks for {', '.join(names)}: a checkpoint needs only tensors and plain containers; "
+        "load such a file only in the program that wrote it, and save the state dict alone"
+    )
+
+
 def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
+    found = _CAUSE.search(str(error))
+    lines = [found[1]] if found else str(error).strip().splitlines()
     return lines[0][:_REASON_CHARS] if lines else type(error).__name__

@@ -1,6 +1,8 @@
 """A base folder's tensors under their Hugging Face names, whatever its format, each read when it is asked for."""
 
+import ctypes
 import json
+import mmap
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,6 +54,10 @@ class Weights(Protocol):
 
     def flat(self, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the flattened tensor, (stop - start,), reading no more than needed."""
+        ...
+
+    def forget(self, name: str) -> None:
+        """Give back the memory that reading this tensor filled; views of it stay valid and read the file again."""
         ...
 
 
@@ -141,6 +147,10 @@ class SafetensorsWeights:
         """A view of the mapped file."""
         return self.read(name).reshape(-1)[start:stop]
 
+    def forget(self, name: str) -> None:
+        """Drop the mapped pages."""
+        drop_pages(self.read(name))
+
 
 class MappedWeights:
     """Hugging Face form, files written by torch.save; mapped too, unless they are older than torch 1.6."""
@@ -172,6 +182,33 @@ class MappedWeights:
     def flat(self, name: str, start: int, stop: int) -> Tensor:
         """A view of the mapped file."""
         return self._tensors[name].reshape(-1)[start:stop]
+
+    def forget(self, name: str) -> None:
+        """Drop the mapped pages."""
+        drop_pages(self._tensors[name])
+
+
+def drop_pages(tensor: Tensor) -> None:
+    """Take the pages of a mapped file under this tensor out of the process; the kernel's cache keeps them.
+
+    Without this a walk through a checkpoint would count the whole file as resident memory. Pages at both ends, which
+    neighbours share, stay. Memory that is no file's is left alone, and so is everything on other systems than Linux.
+    """
+    first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if last > first and _is_file(first, last):
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+
+
+def _is_file(first: int, last: int) -> bool:
+    """Whether these addresses lie in one mapped file: a line of maps is `start-stop mode offset device inode path`."""
+    maps = Path("/proc/self/maps")
+    for line in maps.read_text().splitlines() if maps.exists() else ():
+        span, _, _, _, inode = line.split(maxsplit=5)[:5]
+        start, stop = (int(side, 16) for side in span.split("-"))
+        if start <= first and last <= stop:
+            return inode != "0"
+    return False
 
 
 def state_dict(path: Path, value: Any) -> Mapping[str, Tensor]:
