@@ -8,6 +8,7 @@ import numpy as np
 
 from cogvlm_hpe import dialogue
 from cogvlm_hpe.dialogue import AnswerFormat, Task
+from launcher.comm import Comm
 from launcher.errors import UsageError
 
 if TYPE_CHECKING:
@@ -47,9 +48,11 @@ def answer(
     tasks: Sequence[Task],
     queries: Sequence[str],
     decoding: Decoding,
+    comm: Comm | None = None,
 ) -> list[Answer]:
     """Answers to `queries`; `pixel_values` (I, 3, S, S) normalised, `image_index[r]` the image of query r.
 
+    With `comm` its ranks decode step by step together, as a model split by ZeRO-3 needs; greedy text only.
     Raises UsageError where expectation is asked of a model whose answers are not of fixed length.
     """
     import torch
@@ -64,7 +67,7 @@ def answer(
     limits = [longest_answer(tokenizer, task, decoding.max_new_tokens) for task in tasks]
     with torch.no_grad():
         prefix = model.model.encode_prefix(pixel_values, adapted=model.adapter_scope == "all")
-        tokens = greedy(model, prefix, image_index, prompts, limits)
+        tokens = greedy(model, prefix, image_index, prompts, limits, comm)
         answers = [Answer(tokenizer.decode(ids, skip_special_tokens=True).strip()) for ids in tokens]
         if decoding.decode == "expectation":
             _expect(loaded, prefix, image_index, prompts, tokens, answers)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from cogvlm_hpe.model.attention import Where
 from cogvlm_hpe.model.experts import TextRouting
 from cogvlm_hpe.model.layout import FIRST_TEXT_POSITION, BranchLayout, branch_seen, pack_branches
+from launcher.comm import Comm, single
 
 if TYPE_CHECKING:
     from cogvlm_hpe.model.modeling import CogVLMForCausalLM, Prefix
@@ -28,14 +29,19 @@ def greedy(
     image_index: Sequence[int],
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int | Sequence[int],
+    comm: Comm | None = None,
 ) -> list[list[int]]:
-    """Most likely next tokens until eos, which is left out, or a prompt's limit; as many lists as prompts."""
+    """Most likely next tokens until eos, which is left out, or a prompt's limit; as many lists as prompts.
+
+    With `comm` its ranks go step by step together until the last one is done, as ZeRO-3 needs: all of them call.
+    """
+    comm = comm or single()
     if not prompts:
         return []
     eos, device = model.config.eos_token_id, model.device
     one = isinstance(max_new_tokens, int)
     limits = torch.tensor([max_new_tokens] * len(prompts) if one else list(max_new_tokens), device=device)
-    longest = int(limits.max())
+    longest = comm.max(int(limits.max()))
     ids, layout = _pack(prompts, image_index, len(prefix.patches), device)
     decoder = _Decoder(model, prefix, layout, torch.as_tensor(image_index), longest)
     last = decoder.prompts(ids)
@@ -45,7 +51,7 @@ def greedy(
         token = model.lm_head(last).argmax(dim=-1).masked_fill(done, eos)
         answers.append(token)
         done = done | (token == eos) | (number + 1 >= limits)
-        if bool(done.all()):
+        if not comm.agree(not bool(done.all())):
             break
         last = decoder.step(token, number)
     table = torch.stack(answers, dim=1).tolist()
