@@ -18,6 +18,7 @@ HELP = "read the pose of heads in one image"
 _REASONS = {
     "box": "the model answered with a box, not with a pose",
     "blended": "the answer mixes box and pose formats",
+    "out_of_range": "the answer is written as a pose, but its numbers are no angles",
     "other": "the answer is no pose",
 }
 
