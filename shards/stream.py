@@ -114,16 +114,19 @@ def read_all(
     workers: int = 0,
     limit: int | None = None,
     on_bad_sample: OnBadSample = "fail",
+    only: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, list[Item]]]:
-    """Every sample once, for evaluation: yields (b, items) for the batches b that are `rank`'s (b mod size).
+    """Every sample once, for evaluation: yields (b, items) for the batches b that are `rank`'s, dealt round-robin.
 
     Batch b is samples [b·batch, (b+1)·batch) in the order of keys, whatever the ranks; the last may be smaller. `limit`
-    takes the first so many samples. Slots count positions in key order. Ranks may get one batch more or less.
+    takes the first so many samples, `only` these batches alone. Slots count positions in key order. Ranks may get one
+    batch more or less.
     """
     order = shard_set.key_order()[:limit]
     batches = consecutive_batches(len(order), batch)
     fetch = _EvaluationBatch(Reader([shard_set], image_size, on_bad_sample), order, batches)
-    return fetch_in_order(fetch, lambda: range(rank, len(batches), size), workers)
+    dealt = range(len(batches)) if only is None else only
+    return fetch_in_order(fetch, lambda: dealt[rank::size], workers)
 
 
 class Reader:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from cogvlm_hpe.model.load import Loaded
+    from cogvlm_hpe.model.modeling import Prefix
 
 Decode = Literal["greedy", "expectation"]
 _LONGEST: dict[Task, str] = {"pose": "{{-180,-90,-180}}", "where": "[[999,999,999,999]]"}
@@ -49,9 +50,11 @@ def answer(
     queries: Sequence[str],
     decoding: Decoding,
     comm: Comm | None = None,
+    prefix: "Prefix | None" = None,
 ) -> list[Answer]:
     """Answers to `queries`; `pixel_values` (I, 3, S, S) normalised, `image_index[r]` the image of query r.
 
+    `prefix` is what `encode` gave for these images, where that is known already.
     With `comm` its ranks decode step by step together, as a model split by ZeRO-3 needs; greedy text only.
     Raises UsageError where expectation is asked of a model whose answers are not of fixed length.
     """
@@ -66,12 +69,20 @@ def answer(
     prompts = [tokenizer.encode(query, add_special_tokens=False).ids for query in queries]
     limits = [longest_answer(tokenizer, task, decoding.max_new_tokens) for task in tasks]
     with torch.no_grad():
-        prefix = model.model.encode_prefix(pixel_values, adapted=model.adapter_scope == "all")
+        prefix = encode(loaded, pixel_values) if prefix is None else prefix
         tokens = greedy(model, prefix, image_index, prompts, limits, comm)
         answers = [Answer(tokenizer.decode(ids, skip_special_tokens=True).strip()) for ids in tokens]
         if decoding.decode == "expectation":
             _expect(loaded, prefix, image_index, prompts, tokens, answers)
     return answers
+
+
+def encode(loaded: "Loaded", pixel_values: Any) -> "Prefix":
+    """What all questions on these images (I, 3, S, S) share; with scope `text` also all adapters on one base."""
+    import torch
+
+    with torch.no_grad():
+        return loaded.model.model.encode_prefix(pixel_values, adapted=loaded.model.adapter_scope == "all")
 
 
 def longest_answer(tokenizer: "Tokenizer", task: Task, at_most: int) -> int:

@@ -38,7 +38,10 @@ def test_geodesic_equals_the_angle_of_the_relative_rotation(a: tuple, b: tuple) 
 
 @given(st.lists(st.tuples(triple, triple), min_size=1, max_size=8))
 def test_axis_errors_equal_the_angles_between_axes_one_by_one(pairs: list) -> None:
-    a, b = (Rotation.from_euler("zyx", [[t[2], t[0], -t[1]] for t in side], degrees=True) for side in zip(*pairs))
+    a, b = (
+        Rotation.from_euler("zyx", [[t[2], t[0], -t[1]] for t in side], degrees=True)
+        for side in zip(*pairs, strict=True)
+    )
     expected = np.zeros(len(pairs))
     for axis in np.eye(3):
         u, v = a.apply(axis), b.apply(axis)
