@@ -4,11 +4,11 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,6 +24,9 @@ from cogvlm_hpe.model.weights import HF_CONFIG, SAT_CONFIG, Weights, open_weight
 from launcher.errors import UsageError, UserError
 from launcher.files import atomic_folder
 from launcher.progress import Progress
+
+if TYPE_CHECKING:
+    from huggingface_hub import StateDictSplit
 
 ADAPTER_FOLDER = "adapter"
 _COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "generation_config.json", "hpe.json")
@@ -100,7 +103,7 @@ def _grouped(names: Iterable[str]) -> str:
 
 def write_adapter_only(source: Source, out: Path, alpha: float) -> None:
     """The LoRA of a SAT checkpoint as a peft adapter, of the base that lies in the same checkpoint."""
-    _need_room(out, 4 * sum(factor.a.numel() + factor.b.numel() for factor in source.factors.values()))
+    need_room(out, 4 * sum(factor.a.numel() + factor.b.numel() for factor in source.factors.values()))
     with atomic_folder(out) as folder:
         _put_adapter(folder, source, source.weights.folder.resolve(), alpha)
 
@@ -116,17 +119,17 @@ def write_hf(source: Source, out: Path, max_shard_bytes: int, alpha: float) -> N
     Raises UserError if `out` exists or the disk is too small.
     """
     weights = source.weights
-    _need_room(out, _bytes(weights))
+    need_room(out, total_bytes(weights))
     with atomic_folder(out) as folder:
         _write_shards(weights, folder, max_shard_bytes)
-        _write_json(folder / HF_CONFIG, _hf_config(weights))
-        _copy_companions(weights.folder, folder)
+        _write_json(folder / HF_CONFIG, hf_config(weights))
+        copy_companions(weights.folder, folder)
         if source.factors:
             (folder / ADAPTER_FOLDER).mkdir()
             _put_adapter(folder / ADAPTER_FOLDER, source, out.resolve(), alpha)
 
 
-def _hf_config(weights: Weights) -> dict[str, Any]:
+def hf_config(weights: Weights) -> dict[str, Any]:
     """All of our own keys, defaults too: the published code has other defaults."""
     config = weights.config
     value = {key: getattr(config, key) for key in CogVLMConfig.__annotations__ if hasattr(config, key)}
@@ -134,30 +137,52 @@ def _hf_config(weights: Weights) -> dict[str, Any]:
     return value | {"architectures": ["CogVLMForCausalLM"], "model_type": config.model_type, "torch_dtype": dtype}
 
 
-def _write_shards(weights: Weights, folder: Path, max_shard_bytes: int) -> None:
+def shard_plan(weights: Weights, max_shard_bytes: int) -> "StateDictSplit":
+    """Which safetensors file each tensor goes to, rotary tables too; nothing is read."""
     from huggingface_hub import split_state_dict_into_shards_factory
-    from safetensors.torch import save_file
 
     sizes = {name: _tensor_bytes(weights, name) for name in weights.names()}
-    rotary = {f"model.layers.{n}.self_attn.rotary_emb.inv_freq" for n in range(weights.config.num_hidden_layers)}
-    table = sat.inv_freq(weights.config).to(weights.dtype("lm_head.weight"))
-    sizes |= dict.fromkeys(sorted(rotary), table.nbytes)
-    plan = split_state_dict_into_shards_factory(
+    sizes |= dict.fromkeys(_rotary_names(weights), _rotary_table(weights).nbytes)
+    return split_state_dict_into_shards_factory(
         sizes, get_storage_size=lambda size: size, get_storage_id=lambda size: None,
         filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_bytes,
     )  # fmt: skip
-    with Progress().bar("write tensors", len(sizes)) as bar:
-        for file, names in plan.filename_to_tensors.items():
-            shard = {}
-            for name in names:
-                shard[name] = table.clone() if name in rotary else _taken(weights, name)
-                bar.advance()
-            save_file(shard, folder / file, metadata={"format": "pt"})
-            for name in shard.keys() - rotary:
-                weights.forget(name)
+
+
+def write_shard(weights: Weights, path: Path, names: list[str], done: Callable[[], None] = lambda: None) -> None:
+    """One safetensors file of a plan; `done` is called after each tensor is read."""
+    from safetensors.torch import save_file
+
+    rotary, shard = set(_rotary_names(weights)), {}
+    for name in names:
+        shard[name] = _rotary_table(weights) if name in rotary else _taken(weights, name)
+        done()
+    save_file(shard, path, metadata={"format": "pt"})
+    for name in shard.keys() - rotary:
+        weights.forget(name)
+
+
+def write_shard_index(folder: Path, plan: "StateDictSplit") -> None:
+    """The index that says which file a tensor is in, if there are several files."""
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _write_shards(weights: Weights, folder: Path, max_shard_bytes: int) -> None:
+    plan = shard_plan(weights, max_shard_bytes)
+    with Progress().bar("write tensors", len(plan.tensor_to_filename)) as bar:
+        for file, names in plan.filename_to_tensors.items():
+            write_shard(weights, folder / file, names, bar.advance)
+    write_shard_index(folder, plan)
+
+
+def _rotary_names(weights: Weights) -> list[str]:
+    return sorted(f"model.layers.{n}.self_attn.rotary_emb.inv_freq" for n in range(weights.config.num_hidden_layers))
+
+
+def _rotary_table(weights: Weights) -> torch.Tensor:
+    return sat.inv_freq(weights.config).to(weights.dtype("lm_head.weight"))
 
 
 def _taken(weights: Weights, name: str) -> torch.Tensor:
@@ -176,7 +201,7 @@ def write_sat(source: Source, out: Path, mp_size: int) -> None:
     if factors and mp_size > 1:
         raise UsageError(f"--mp {mp_size} with an unmerged LoRA: SAT splits none; add --merge, or leave out --mp")
     config = sat.sat_config(weights.config, mp_size)
-    _check_mp(weights, mp_size)
+    check_mp(weights, mp_size)
     pairs, lora_rank = pairs_of(factors, weights.config) if factors else ({}, 0)
     if factors:
         config |= {
@@ -185,21 +210,21 @@ def write_sat(source: Source, out: Path, mp_size: int) -> None:
             "lora_rank": lora_rank,
             "layer_range": None,
         }
-    _need_room(out, _bytes(weights))
+    need_room(out, total_bytes(weights))
     with atomic_folder(out) as folder:
         (folder / "1").mkdir()
-        ranks = [_base_entries(weights, rank, mp_size, set(pairs)) + _lora_entries(pairs) for rank in range(mp_size)]
+        ranks = [base_entries(weights, rank, mp_size, set(pairs)) + _lora_entries(pairs) for rank in range(mp_size)]
         with Progress().bar("write tensors", sum(len(entries) for entries in ranks)) as bar:
             for mp_rank, entries in enumerate(ranks):
                 save_entries(folder / "1" / rank_file(mp_rank), "module", entries, bar.advance)
         _write_json(folder / SAT_CONFIG, config)
-        _copy_companions(weights.folder, folder)
+        copy_companions(weights.folder, folder)
         (folder / LATEST).write_text("1", encoding="utf-8")
 
 
-def _base_entries(weights: Weights, mp_rank: int, mp_size: int, adapted: set[str]) -> list[Entry]:
+def base_entries(weights: Weights, mp_rank: int, mp_size: int, adapted: set[str]) -> list[Entry]:
     vocab = weights.config.vocab_size
-    table = sat.inv_freq(weights.config).to(weights.dtype("lm_head.weight"))
+    table = _rotary_table(weights)
     entries = [Entry(sat.INV_FREQ, tuple(table.shape), table.dtype, lambda: table)]
     for name in weights.names():
         rule = sat.split_rule(name, vocab)
@@ -224,7 +249,7 @@ def _lora_entries(pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]]) -> 
     return [Entry(name, tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor) for name, tensor in named]
 
 
-def _check_mp(weights: Weights, mp_size: int) -> None:
+def check_mp(weights: Weights, mp_size: int) -> None:
     config, tower = weights.config, weights.config.vision_config
     sides = {
         "attention heads": config.num_attention_heads,
@@ -247,11 +272,11 @@ def _tensor_bytes(weights: Weights, name: str) -> int:
     return torch.Size(weights.shape(name)).numel() * weights.dtype(name).itemsize
 
 
-def _bytes(weights: Weights) -> int:
+def total_bytes(weights: Weights) -> int:
     return sum(_tensor_bytes(weights, name) for name in weights.names())
 
 
-def _need_room(out: Path, wanted_bytes: int) -> None:
+def need_room(out: Path, wanted_bytes: int) -> None:
     parent = next(path for path in (out.resolve(), *out.resolve().parents) if path.exists())
     free_bytes = shutil.disk_usage(parent).free
     if free_bytes < wanted_bytes:
@@ -260,7 +285,7 @@ def _need_room(out: Path, wanted_bytes: int) -> None:
         )
 
 
-def _copy_companions(source: Path, target: Path) -> None:
+def copy_companions(source: Path, target: Path) -> None:
     for pattern in _COMPANIONS:
         for path in sorted(source.glob(pattern)):
             if path.is_file():
@@ -268,4 +293,9 @@ def _copy_companions(source: Path, target: Path) -> None:
 
 
 def _write_json(path: Path, value: Any) -> None:
+    """The tensors of one model-parallel file; `adapted` modules get the names they have below a LoRA."""
+    """Of all tensors."""
+    """Raises UsageError where this model cannot be split over `mp_size` files."""
+    """Copy tokenizer files and the like, where there are any."""
+    """Raises UserError where the disk of `out` is too small."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
