@@ -222,7 +222,7 @@ def test_a_folder_is_not_overwritten_and_a_full_disk_is_foreseen(
 
 
 def test_nothing_is_left_of_a_conversion_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert, "_copy_companions", lambda *folders: 1 / 0)
+    monkeypatch.setattr(convert, "copy_companions", lambda *folders: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(DATA / "hf", tmp_path / "out", "--to", "sat")
     assert not list(tmp_path.iterdir())
