@@ -80,14 +80,26 @@ def _add_build(commands: "Commands") -> None:
         common.add_argument("--name", help="start of the tars' names (default: the source's name)")
         at_most = "at most; the default is 1000, fewer for small sets"
         common.add_argument("--samples-per-shard", type=int, metavar="N", help=at_most)
+        common.add_argument("--max-shard-mb", type=float, metavar="MB", help="million bytes of a tar, at most")
+        spread = "spread subjects and sequences over all shards, in an order of this seed (default: the source's order)"
+        common.add_argument("--shuffle", type=int, metavar="SEED", help=spread)
+        common.add_argument("--reencode-jpeg", type=int, metavar="Q", help="store every image as JPEG of this quality")
+        smaller = "make images with a longer side smaller, with boxes and camera (default: images are kept as they are)"
+        common.add_argument("--max-side", type=int, metavar="PX", help=smaller)
         source.set_defaults(run=_build, make=make)
 
 
 def _build(options: argparse.Namespace) -> int:
     from launcher import comm
+    from shards.derive import Reencoded, Shuffled
     from shards.write import build
 
-    build(options.make(options), options.out, comm.mpi(), options.samples_per_shard, options.name)
+    source = options.make(options)
+    if options.reencode_jpeg is not None or options.max_side is not None:
+        source = Reencoded(source, options.reencode_jpeg, options.max_side)
+    if options.shuffle is not None:
+        source = Shuffled(source, options.shuffle)
+    build(source, options.out, comm.mpi(), options.samples_per_shard, options.name, options.max_shard_mb)
     return 0
 
 

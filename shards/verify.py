@@ -12,9 +12,9 @@ from launcher import files
 from launcher.comm import Comm
 from launcher.progress import Progress
 from shards.index import SampleError, ShardSet, open_set
+from shards.part import pose_histogram
 from shards.pixels import decode_pixels
 from shards.record import Record
-from shards.write import pose_histogram
 
 _OUTSIDE_PX = 1.0
 _NAMED = 5

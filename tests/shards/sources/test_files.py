@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from launcher.errors import UsageError, UserError
+from shards.index import KEY
 from shards.sources import files
-from shards.write import _KEY
 
 
 def _picture(width: int = 24, height: int = 16) -> Image.Image:
@@ -55,7 +55,7 @@ def test_boxes_are_clipped_and_small_ones_dropped() -> None:
 
 @given(st.text(max_size=200))
 def test_any_name_makes_a_key(text: str) -> None:
-    assert _KEY.fullmatch(files.key_of(text))
+    assert KEY.fullmatch(files.key_of(text))
 
 
 def test_names_that_differ_have_keys_that_differ() -> None:
