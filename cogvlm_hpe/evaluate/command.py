@@ -9,17 +9,25 @@ from typing import TYPE_CHECKING, Any
 from launcher.errors import UsageError, UserError
 
 if TYPE_CHECKING:
+    from cogvlm_hpe.evaluate.baselines.judged import CropJudged
+    from cogvlm_hpe.model.load import Loaded
     from launcher.comm import Comm
     from shards.index import ShardSet
 
 HELP = "judge a model on a shard set: pose, grounding and answer formats"
 TASKS = ("pose", "where", "what", "facing")
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the judge."""
     add = parser.add_argument
-    add("--model", required=True, metavar="DIR", help="base folder, adapter folder (it names its base) or merged model")
+    add(
+        "--model",
+        required=True,
+        metavar="DIR",
+        help="base, adapter (it names its base), merged model, or crop network (train-cnn)",
+    )
     add(
         "--adapter", type=Path, action="append", default=[], metavar="DIR",
         help="adapter to put on --model; several give one result folder each",
@@ -112,18 +120,14 @@ def _judge_one(
     args: argparse.Namespace, adapter: Path | None, out: Path, name: str, shard_set: "ShardSet", comm: "Comm"
 ) -> None:
     """All ranks. One model on one set."""
-    import torch
 
     from cogvlm_hpe.evaluate import reduce
     from cogvlm_hpe.evaluate.answer import Decoding
     from cogvlm_hpe.evaluate.decode import decode_set
-    from cogvlm_hpe.model.load import load
 
     start_s = time.time()
-    device, dtype = device_of(args.device), args.dtype
-    if dtype == "auto":
-        dtype = "fp32" if device == "cpu" else "bf16"
-    loaded = load(args.model, adapter, device=device, dtype=torch.float32 if dtype == "fp32" else torch.bfloat16)
+    device = device_of(args.device)
+    loaded, dtype = _load(args, adapter, device)
     decoding = Decoding(args.max_new_tokens, args.questions, args.decode)
     rows, n_images = decode_set(
         loaded, shard_set, comm, args.tasks, decoding,
@@ -145,6 +149,21 @@ def _judge_one(
     )  # fmt: skip
     result = reduce.write_result(out, rows, header, facts)
     show(result, out)
+
+
+def _load(args: argparse.Namespace, adapter: Path | None, device: str) -> "tuple[Loaded | CropJudged, str]":
+    """The system to judge, and its number format."""
+    import torch
+
+    from cogvlm_hpe.evaluate.baselines.cnn import is_cnn, load_judged
+    from cogvlm_hpe.model.load import load
+
+    if is_cnn(Path(args.model)):
+        if adapter is not None:
+            raise UsageError(f"--adapter {adapter}: {args.model} is a crop network, which takes none")
+        return load_judged(Path(args.model), device), "fp32"
+    dtype = args.dtype if args.dtype != "auto" else "fp32" if device == "cpu" else "bf16"
+    return load(args.model, adapter, device=device, dtype=getattr(torch, _DTYPES[dtype])), dtype
 
 
 def device_of(wanted: str) -> str:
