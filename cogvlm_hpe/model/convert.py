@@ -214,7 +214,7 @@ def _lora_entries(pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]]) -> 
         for part, pair in enumerate(found)
         for letter, tensor in zip("AB", pair, strict=True)
     ]
-    return [Entry(name, tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor) for name, tensor in named]
+    return [Entry(name, tuple(tensor.shape), tensor.dtype, tensor.detach) for name, tensor in named]
 
 
 def check_mp(weights: Weights, mp_size: int) -> None:
