@@ -13,7 +13,6 @@ from types import TracebackType
 from launcher.comm import Comm
 from launcher.errors import EXIT_FAILURE
 
-_ASIDE_S = 4.0  # for the other ranks' notes to arrive, and for one to speak before all end
 _WAITING = "waits for other ranks"
 _COLLECTIVES = (f"torch{os.sep}distributed{os.sep}", f"deepspeed{os.sep}comm{os.sep}", f"launcher{os.sep}comm.py")
 
@@ -23,10 +22,11 @@ class Watchdog:
 
     A rank is silent that is neither waiting for others nor answering. The stacks of all threads go to
     `folder`/stacks-rank-N.txt, and the process ends with exit code 1. Use it as a context around the work.
+    aside_s: for the other ranks' notes to arrive, and again for one to speak before all end.
     """
 
-    def __init__(self, comm: Comm, timeout_s: float, folder: Path) -> None:
-        self._comm, self._timeout_s, self._folder = comm, timeout_s, folder
+    def __init__(self, comm: Comm, timeout_s: float, folder: Path, aside_s: float = 4.0) -> None:
+        self._comm, self._timeout_s, self._folder, self._aside_s = comm, timeout_s, folder, aside_s
         self._main = threading.main_thread().ident
         self._done = threading.Event()
         self._last_s = time.monotonic()
@@ -57,7 +57,7 @@ class Watchdog:
         # The notes lie with rank 0: asking for them may hang as well.
         asking = threading.Thread(target=self._name_silent, daemon=True)
         asking.start()
-        asking.join(3 * _ASIDE_S)
+        asking.join(3 * self._aside_s)
         if asking.is_alive():
             self._say({0: "does not answer"})
         os._exit(EXIT_FAILURE)
@@ -65,11 +65,11 @@ class Watchdog:
     def _name_silent(self) -> None:
         rank, size = self._comm.rank, self._comm.size
         self._comm.post(f"watchdog/{rank}", self._whereabouts())
-        time.sleep(_ASIDE_S)
+        time.sleep(self._aside_s)
         notes = {r: self._comm.posted(f"watchdog/{r}") for r in range(size)} if size > 1 else {0: self._whereabouts()}
         if rank == min(r for r, note in notes.items() if note is not None):
             self._say({r: note or "does not answer" for r, note in notes.items() if note != _WAITING})
-        time.sleep(_ASIDE_S)
+        time.sleep(self._aside_s)
 
     def _whereabouts(self) -> str:
         frames = traceback.extract_stack(sys._current_frames()[self._main or 0])
