@@ -63,11 +63,11 @@ def make_adapter(folder: Path, seed: int = 1, **options: object) -> Path:
     return folder
 
 
-def make_base(folder: Path) -> Base:
+def make_base(folder: Path, dtype: torch.dtype = torch.float32) -> Base:
     """Its original weights as a base folder."""
     folder.mkdir()
     (folder / "config.json").write_text("{}")
-    save_file(make_tower().state_dict(), folder / "model.safetensors")
+    save_file(make_tower().to(dtype).state_dict(), folder / "model.safetensors")
     return Base(folder)
 
 
