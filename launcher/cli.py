@@ -22,6 +22,7 @@ _COMMANDS = {
     "evaluate": "evaluation: every option it does not know is passed on to `cogvlm-hpe evaluate`",
     "shards": "shard work: every word it does not know is passed on to `hpe-shards` (build, verify, …)",
     "merge": "the merge job, one process with all CPUs: options are passed on to `cogvlm-hpe merge`",
+    "status": "what a run's folder says of it: step, time left, losses, restarts, age of the checkpoint",
     "tensorboard": "TensorBoard on run folders, here or, inside a Slurm job, with the tunnel to type",
 }
 _TRAIN_FLAGS = {"--resume", "--allow-change", "--print_config"}
@@ -58,6 +59,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> int:
     arguments, rest = _parse(argv)
+    if arguments.command == "status":
+        return _status(arguments, rest)
     if arguments.command == "tensorboard":
         return _tensorboard(arguments, rest)
     started = build(arguments, rest, Place.here())
@@ -91,6 +94,10 @@ def _parser() -> argparse.ArgumentParser:
         if name == "train":
             one.add_argument("config", metavar="FILE", help="the YAML file of the stage")
             one.add_argument("--run-dir", metavar="DIR", help="where the run goes (default: run_dir of FILE)")
+        if name == "status":
+            one.add_argument("runs", metavar="RUN", nargs="+", help="run folders")
+            one.add_argument("--json", action="store_true", help="print JSON, one object a run")
+            continue
         if name == "tensorboard":
             one.add_argument("runs", metavar="RUN", nargs="+", help="run folders, or a folder that holds some")
             one.add_argument("--port", type=int, default=6006, help="first port to try (default: 6006)")
@@ -239,6 +246,17 @@ def _nodes(hostfile: Path | None, ranks: int, given: bool) -> int:
     return min(ranks, len(command.hosts(hostfile.read_text())))
 
 
+def _status(arguments: argparse.Namespace, rest: list[str]) -> int:
+    if rest:
+        raise UsageError(f"{rest[0]}: not an option of {PROGRAM} status; it takes run folders and --json")
+    from launcher import status
+
+    show = status.as_json if arguments.json else status.describe
+    for run in arguments.runs:
+        print(show(status.read_status(Path(run))))
+    return 0
+
+
 def _tensorboard(arguments: argparse.Namespace, rest: list[str]) -> int:
     missing = [run for run in arguments.runs if not Path(run).is_dir()]
     if missing:
@@ -252,10 +270,6 @@ def _tensorboard(arguments: argparse.Namespace, rest: list[str]) -> int:
         return 0
     if "SLURM_JOB_ID" in os.environ:
         print(f"from your machine: ssh -L {port}:localhost:{port} {socket.gethostname()}", file=sys.stderr)
-    if arguments.command == "train" and "--print_config" not in rest:
-        code = _check(arguments, rest)
-        if code:
-            return code
     from launcher import supervise
 
     return supervise.run(started, graceful=False)

@@ -116,13 +116,14 @@ def line(description: str, done: int, total: int | None, elapsed_s: float, text:
     rate_per_s = done / elapsed_s
     parts = [f"{done}/{total} ({100 * done // total} %)" if total else str(done), f"{rate_per_s:.1f}/s"]
     if total and done >= total:
-        parts.append(f"done in {_clock(elapsed_s)}")
+        parts.append(f"done in {clock(elapsed_s)}")
     elif total and done:
-        parts.append(f"{_clock((total - done) / rate_per_s)} left")
+        parts.append(f"{clock((total - done) / rate_per_s)} left")
     return f"{description}: " + ", ".join([*parts, text] if text else parts)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
