@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from launcher.errors import UsageError, run_main
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 PROGRAM = "hpe-shards"
 _MOST_FINDINGS = 50
+_BARS = " ▁▂▃▄▅▆▇█"
 _EXAMPLES = """examples:
   hpe-shards build synthetic --domain A --scenes 2000 --split train --out data/a-train
   mpirun -np 8 hpe-shards build synthetic --domain B --scenes 200 --split test --out data/b-test
@@ -111,18 +112,38 @@ def _add_verify(commands: "Commands") -> None:
     command = commands.add_parser("verify", help="check every byte of shard sets", description=text)
     command.add_argument("sets", nargs="+", type=Path, metavar="DIR", help="shard sets; several: also against leaks")
     command.add_argument("--fast", action="store_true", help="the index and the sizes of the tars only")
+    command.add_argument("--report", type=Path, metavar="FILE", help="write findings, counts and histograms as JSON")
     command.set_defaults(run=_verify)
 
 
 def _verify(options: argparse.Namespace) -> int:
     from launcher.comm import mpi
-    from shards.verify import verify
+    from launcher.files import write_json_atomic
+    from shards.verify import lint
 
     comm = mpi()
-    findings = verify(options.sets, comm, options.fast)
+    found = lint(options.sets, comm, options.fast)
     if comm.rank == 0:
-        _say_findings(options.sets, findings, "index" if options.fast else "every byte")
-    return 1 if findings else 0
+        checked = "index" if options.fast else "every byte"
+        if options.report is not None:
+            options.report.parent.mkdir(parents=True, exist_ok=True)
+            write_json_atomic(options.report, found.to_json() | {"checked": checked})
+        for described in found.sets:
+            counts = described["counts"]
+            print(f"{described['path']}: {counts['samples']:,} samples, {counts['heads']:,} heads")
+            _print_poses(described["poses"])
+        _say_findings(options.sets, found.findings, checked)
+    return 1 if found.findings else 0
+
+
+def _print_poses(poses: "dict[str, dict[str, Any]]") -> None:
+    """One line an angle: how many heads in each bin, as high as its bar."""
+    for angle, told in poses.items():
+        heads, low = told["heads"], told["lowest_deg"]
+        most = max(1, *heads)
+        # Any head at all is seen: only an empty bin is blank.
+        bars = "".join(_BARS[-(-(len(_BARS) - 1) * count // most)] for count in heads)
+        print(f"  {angle:5} {low:4} |{bars}| {low + told['bin_deg'] * len(heads)}, most in a bin {max(heads):,}")
 
 
 def _say_findings(paths: Sequence[Path], findings: Sequence[str], what: str) -> None:

@@ -1,7 +1,7 @@
 """Whether a shard set is what its index says, and whether sets that must be apart share a subject."""
 
-import tarfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -10,30 +10,66 @@ import numpy as np
 
 from launcher import files
 from launcher.comm import Comm
+from launcher.errors import UsageError
 from launcher.progress import Progress
-from shards.index import SampleError, ShardSet, open_set
+from shards.index import INDEX_JSON, INDEX_NPZ, SampleError, ShardSet, open_set
 from shards.part import pose_histogram
-from shards.pixels import decode_pixels
+from shards.pixels import SizeError, decode_pixels
 from shards.record import Record
+from shards.remote import as_url
+from shards.tars import HEADER, Member, check_members
 
 _OUTSIDE_PX = 1.0
 _NAMED = 5
-_LEFT_ALONE = {"index.json", "index.npz"}
+_LEFT_ALONE = {INDEX_JSON, INDEX_NPZ}
+
+
+@dataclass(frozen=True)
+class Lint:
+    """What was found over some sets, and what is in them."""
+
+    findings: list[str]
+    """One line each."""
+    sets: list[dict[str, Any]]
+    """Of each set: path, source, split, counts and poses, the histogram of its records (with `fast` the index's)."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The report file."""
+        return {"good": not self.findings, "findings": self.findings, "sets": self.sets}
 
 
 def verify(paths: Sequence[Path], comm: Comm, fast: bool = False) -> list[str]:
+    """All ranks. The findings of lint()."""
+    return lint(paths, comm, fast).findings
+
+
+def lint(paths: Sequence[Path], comm: Comm, fast: bool = False) -> Lint:
     """All ranks. The findings over the sets at `paths`, one line each, the same on every rank; none: all is well.
 
     fast: the index only (counts, keys, sizes of the tars, subjects shared between splits), else also every byte:
-    hashes, members, images, records, boxes, poses; ranks share the shards. Raises UserError where a set does not open.
+    hashes, headers, members, images, records, boxes, poses; ranks share the shards. Raises UserError where a set does
+    not open, UsageError for one that is elsewhere.
     """
+    for path in paths:
+        if as_url(path) is not None:
+            raise UsageError(f"{path}: sets are verified where they are; copy it to a folder first")
     sets = [open_set(path) for path in paths]
     findings = [finding for shard_set in sets for finding in check_index(shard_set)]
     findings += check_leaks(sets)
+    described = [_describe(shard_set) for shard_set in sets]
     if not fast:
-        for shard_set in sets:
-            findings += _check_content(shard_set, comm)
-    return findings
+        for shard_set, description in zip(sets, described, strict=True):
+            found, poses = _check_content(shard_set, comm)
+            findings += found
+            for angle, heads in poses.items():
+                description["poses"][angle] = {**description["poses"][angle], "heads": heads}
+    return Lint(findings, described)
+
+
+def _describe(shard_set: ShardSet) -> dict[str, Any]:
+    info = shard_set.info
+    told = {name: info.get(name) for name in ("name", "source", "split", "licence", "counts")}
+    return {"path": str(shard_set.path), **told, "poses": dict(info["poses"])}
 
 
 def check_index(shard_set: ShardSet) -> list[str]:
@@ -56,6 +92,7 @@ def check_index(shard_set: ShardSet) -> list[str]:
     for shard, found in zip(info["shards"], per_shard.tolist(), strict=False):
         findings += _check_tar(path / shard["file"], shard, found)
     findings += _check_offsets(shard_set)
+    findings += _check_index_file(shard_set)
     listed = {shard["file"] for shard in info["shards"]} | _LEFT_ALONE
     strangers = sorted(file.name for file in path.iterdir() if file.suffix == ".tar" and file.name not in listed)
     return findings + [f"{path / name}: a tar that the index does not list" for name in strangers]
@@ -71,6 +108,14 @@ def _check_tar(tar: Path, shard: dict[str, Any], found: int) -> list[str]:
     if size != shard["bytes"]:
         findings.append(f"{tar}: {size} bytes, {shard['bytes']} were written")
     return findings
+
+
+def _check_index_file(shard_set: ShardSet) -> list[str]:
+    path, said = shard_set.path / INDEX_NPZ, shard_set.info.get("index")
+    # Sets of the first builds do not say.
+    if said is None or files.sha256(path) == said["sha256"]:
+        return []
+    return [f"{path}: sha256 differs from that in {INDEX_JSON}: its bytes have changed since it was built"]
 
 
 def _check_offsets(shard_set: ShardSet) -> list[str]:
@@ -98,8 +143,8 @@ def check_leaks(sets: Sequence[ShardSet]) -> list[str]:
     return findings
 
 
-def _check_content(shard_set: ShardSet, comm: Comm) -> list[str]:
-    """All ranks."""
+def _check_content(shard_set: ShardSet, comm: Comm) -> tuple[list[str], dict[str, list[int]]]:
+    """All ranks. Findings, and the histogram of the records' poses."""
     shards = shard_set.info["shards"]
     findings: list[str] = []
     poses = [np.empty((0, 3))]
@@ -111,17 +156,22 @@ def _check_content(shard_set: ShardSet, comm: Comm) -> list[str]:
             comm.barrier()
             bar.advance(min(comm.size, len(shards) - first))
     gathered = comm.gather((findings, pose_histogram(np.concatenate(poses))))
-    merged = _merge(shard_set, gathered) if gathered is not None else []
+    merged = _merge(shard_set, gathered) if gathered is not None else ([], {})
     return comm.broadcast(merged)
 
 
-def _merge(shard_set: ShardSet, gathered: list[tuple[list[str], dict[str, Any]]]) -> list[str]:
+def _merge(
+    shard_set: ShardSet, gathered: list[tuple[list[str], dict[str, Any]]]
+) -> tuple[list[str], dict[str, list[int]]]:
     findings = sorted(finding for found, _ in gathered for finding in found)
+    poses = {
+        angle: np.sum([histogram[angle] for _, histogram in gathered], axis=0).tolist()
+        for angle in shard_set.info["poses"]
+    }
     for angle, said in shard_set.info["poses"].items():
-        counts = np.sum([histogram[angle] for _, histogram in gathered], axis=0).tolist()
-        if counts != said["heads"] and not findings:
+        if poses[angle] != said["heads"] and not findings:
             findings.append(f"{shard_set.path}: the histogram of {angle} in index.json is not that of the records")
-    return findings
+    return findings, poses
 
 
 def _check_shard(shard_set: ShardSet, shard: int, poses: list[np.ndarray]) -> list[str]:
@@ -134,7 +184,7 @@ def _check_shard(shard_set: ShardSet, shard: int, poses: list[np.ndarray]) -> li
     if tar.stat().st_size == said["bytes"] and files.sha256(tar) != said["sha256"]:
         findings.append(f"{tar}: sha256 differs from the index: the bytes have changed since it was built")
     samples = np.flatnonzero(shard_set.arrays["shard"] == shard).tolist()
-    findings += _check_members(tar, [shard_set.key(i) for i in samples])
+    findings += check_members(tar, list(_members(shard_set, samples)))
     for i in samples:
         try:
             findings += [f"{tar}, key {shard_set.key(i)}: {what}" for what in _check_sample(shard_set, i, poses)]
@@ -143,16 +193,15 @@ def _check_shard(shard_set: ShardSet, shard: int, poses: list[np.ndarray]) -> li
     return findings
 
 
-def _check_members(tar: Path, keys: list[str]) -> list[str]:
-    """Whether any reader of tars finds the samples of the index, each one's files side by side."""
-    try:
-        with tarfile.open(tar) as archive:
-            found = [member.name.split(".", 1)[0] for member in archive]
-    except tarfile.TarError as error:
-        return [f"{tar}: not a readable tar ({error})"]
-    if found[::2] == keys and found[1::2] == keys:
-        return []
-    return [f"{tar}: its members are not two files for each of the {len(keys)} keys of the index, side by side"]
+def _members(shard_set: ShardSet, samples: Sequence[int]) -> Iterator[Member]:
+    """What the tar of these samples should hold."""
+    arrays = shard_set.arrays
+    for i in samples:
+        offsets = {part: int(arrays[f"{part}_offset"][i]) - HEADER for part in ("image", "json")}
+        # Members lie in the order of their extensions.
+        image = "jpg" if offsets["image"] < offsets["json"] else "png"
+        for part, extension in (("image", image), ("json", "json")):
+            yield Member(offsets[part], f"{shard_set.key(i)}.{extension}", int(arrays[f"{part}_size"][i]))
 
 
 def _check_sample(shard_set: ShardSet, i: int, poses: list[np.ndarray]) -> Iterator[str]:
@@ -163,12 +212,12 @@ def _check_sample(shard_set: ShardSet, i: int, poses: list[np.ndarray]) -> Itera
     if indexed != (len(known.heads), len(known.objects)):
         yield f"{len(known.heads)} heads and {len(known.objects)} objects, the index says {indexed[0]} and {indexed[1]}"
     try:
-        height, width = decode_pixels(stored.image, stored.extension).shape[:2]
+        decode_pixels(stored.image, stored.extension, (known.image.width, known.image.height))
+    except SizeError as error:
+        yield str(error)
     except ValueError as error:
         yield f"the {stored.extension} does not decode ({error})"
         return
-    if (width, height) != (known.image.width, known.image.height):
-        yield f"the image is {width}x{height}, its record says {known.image.width}x{known.image.height}"
     yield from _boxes_outside(known)
 
 

@@ -10,9 +10,9 @@ import pytest
 from tiny_source import TinySource
 
 from launcher.comm import single
-from launcher.errors import UserError
+from launcher.errors import UsageError, UserError
 from shards.index import open_set
-from shards.verify import verify
+from shards.verify import lint, verify
 from shards.write import Sample, build
 
 
@@ -66,8 +66,86 @@ def test_two_exchanged_tars(tiny_set: Callable[..., Path]) -> None:
     one.write_bytes(second)
     two.write_bytes(first)
     said = findings(folder)
-    assert f"{one}: its members are not two files for each of the 5 keys" in said
+    assert f"{one}, key tiny-train-000000: the header at byte 0 says 'tiny-train-000005.jpg' of " in said
     assert "other bytes there than the index says" in said
+
+
+def harm_header(folder: Path, i: int, byte: int = 105) -> tuple[Path, int]:
+    """Change one byte of the header of sample i's image; its tar and the header's place."""
+    shard_set = open_set(folder)
+    tar, at = folder / shard_set.shard_name(i), int(shard_set.arrays["image_offset"][i]) - 512
+    data = bytearray(tar.read_bytes())
+    data[at + byte] ^= 0x15
+    tar.write_bytes(data)
+    return tar, at
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_damaged_header_which_plain_webdataset_takes_for_the_end_is_named(tiny_set: Callable[..., Path]) -> None:
+    import webdataset
+
+    folder = tiny_set(samples=10, samples_per_shard=10)
+    tar, at = harm_header(folder, 4)
+    plain = [sample["__key__"] for sample in webdataset.WebDataset(str(tar), shardshuffle=False)]
+    assert plain == [f"tiny-train-{i:06d}" for i in range(4)], "webdataset reads on: this test shows nothing any more"
+    said = findings(folder)
+    damage = f"{tar}, key tiny-train-000004: the header of tiny-train-000004.jpg at byte {at} is damaged"
+    assert f"{damage} (its checksum is another one): plain readers of tars stop here" in said
+    assert "and miss 12 members" in said and said.count("is damaged") == 1
+    # By the index the samples behind it are there.
+    assert open_set(folder).read(5).key == "tiny-train-000005"
+
+
+def test_each_kind_of_damage_to_headers_is_told(tiny_set: Callable[..., Path]) -> None:
+    folder = tiny_set(samples=10, samples_per_shard=10)
+    shard_set = open_set(folder)
+    tar = folder / shard_set.shard_name(0)
+    data = bytearray(tar.read_bytes())
+    at = [int(offset) - 512 for offset in shard_set.arrays["image_offset"]]
+    data[at[2] : at[2] + 512] = bytes(512)
+    data[at[3] : at[3] + 512] = data[at[5] : at[5] + 512]
+    data[at[7] + 125] = ord("z")
+    end = len(data) - data[::-1].index(next(byte for byte in reversed(data) if byte))
+    data[end + 600] = 1
+    tar.write_bytes(data)
+    said = findings(folder)
+    assert f"of tiny-train-000002.jpg at byte {at[2]} is damaged (it is empty, which readers take for the end)" in said
+    assert f"key tiny-train-000003: the header at byte {at[3]} says 'tiny-train-000005.jpg' of " in said
+    assert f"of tiny-train-000007.jpg at byte {at[7]} is damaged (" in said
+    assert "behind the last sample, there is no end of a tar" in said
+
+
+def test_members_that_the_index_does_not_know(tiny_set: Callable[..., Path]) -> None:
+    folder = tiny_set(samples=10, samples_per_shard=10)
+    arrays = dict(np.load(folder / "index.npz"))
+    kept = np.arange(10) != 4
+    per_sample = {name: array[kept] for name, array in arrays.items() if len(array) == 10 and name != "head_subject"}
+    np.savez(folder / "index.npz", **(arrays | per_sample))
+    info = json.loads((folder / "index.json").read_text())
+    info["counts"]["samples"] = 9
+    (folder / "index.json").write_text(json.dumps(info))
+    said = findings(folder)
+    assert "belong to no sample of the index" in said
+    assert f"{folder / 'index.npz'}: sha256 differs" in said and f"{folder / 'index.npz'}: sha256 differs" in findings(
+        folder, fast=True
+    )
+
+
+def test_a_report_tells_counts_findings_and_the_histogram_of_the_records(tiny_set: Callable[..., Path]) -> None:
+    folder = tiny_set(samples=10)
+    good = lint([folder], single()).to_json()
+    assert good["good"] and good["findings"] == []
+    assert good["sets"][0]["counts"]["samples"] == 10 and good["sets"][0]["path"] == str(folder)
+    assert good["sets"][0]["poses"] == open_set(folder).info["poses"]
+    tar, _ = harm_header(folder, 7)
+    bad = lint([folder], single()).to_json()
+    assert not bad["good"] and any(str(tar) in finding for finding in bad["findings"])
+    json.dumps(bad)
+
+
+def test_sets_elsewhere_are_not_verified(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="verified where they are"):
+        lint([Path("http://host/set")], single())
 
 
 class Changed(TinySource):
