@@ -7,7 +7,6 @@ then tilted by `TILT_DEG` so that it looks where theirs looks; whoever has their
 """
 
 import math
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +39,7 @@ _OURS_CM = (
 )
 _OUR_RADIUS_CM = 14.9  # DirectMHP's sphere, in the scale of our face
 _RIM_POINTS = 72
+_FLAT = 1e-6
 _WIDEST_RATIO, _LARGEST_SHARE = 1.5, 0.7
 
 BEHIND = "behind or at the camera"
@@ -91,25 +91,21 @@ class Placed:
 def lay(face: Face, landmarks: Array, used: tuple[int, ...] | None = None) -> Placed | None:
     """The similarity that best takes the reference to (K, 3) landmarks, its points `used` (K places) or the first K.
 
-    None where the landmarks do not tell one: not finite, in one line, turned inside out.
+    None where the landmarks do not tell one: not finite, or all in one line. (Umeyama 1991, equations 40 to 42.)
     """
-    from scipy.spatial.transform import Rotation
-
     places = list(used) if used is not None else list(range(len(landmarks)))
     model, seen = face.points[places], np.asarray(landmarks, dtype=float)
     if not np.isfinite(seen).all():
         return None
     model_mean, seen_mean = model.mean(0), seen.mean(0)
     model, seen = model - model_mean, seen - seen_mean
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        try:
-            rotation = Rotation.align_vectors(seen, model)[0].as_matrix()
-        except (UserWarning, ValueError):
-            return None
-    scale = float((seen * (model @ rotation.T)).sum() / (model**2).sum())
-    if scale <= 0:
+    left, sizes, right = np.linalg.svd(seen.T @ model)
+    if sizes[1] <= _FLAT * sizes[0]:
         return None
+    # The nearest rotation, not a mirror image.
+    turns = np.array([1.0, 1.0, np.linalg.det(left) * np.linalg.det(right)])
+    rotation = (left * turns) @ right
+    scale = float((sizes * turns).sum() / (model**2).sum())
     centre = seen_mean + scale * rotation @ (face.centre - model_mean)
     return Placed(rotation, centre, scale * face.radius)
 
@@ -135,6 +131,8 @@ class Lens:
     def sees(self, points: Array) -> bool:
         """False where a point is so far off the axis that the distortion's polynomial would fold it back inwards."""
         k1, k2, _, _, k3 = self.distortion
+        if not (k1 or k2 or k3):
+            return True
         radius = np.linalg.norm(points[:, :2] / points[:, 2:], axis=1).max()
         square = np.linspace(0.0, radius, 32) ** 2
         return bool((1 + square * (3 * k1 + square * (5 * k2 + square * 7 * k3)) > 0).all())
@@ -153,9 +151,9 @@ def picture_of_sphere(centre: Array, radius: float, lens: Lens) -> Box | None:
         return None
     # What is seen of a sphere ends at the circle where rays touch it.
     share = (radius / distance) ** 2
-    across = np.cross(centre, np.eye(3)[np.argmin(np.abs(centre))])
-    across /= np.linalg.norm(across)
-    upward = np.cross(centre / distance, across)
+    x, y, z = (centre / distance).tolist()
+    across = np.array([z, 0.0, -x]) / math.hypot(x, z)  # z is above 0, so this is no zero vector
+    upward = np.array([y * across[2], z * across[0] - x * across[2], -y * across[0]])
     turn = 2 * math.pi * np.arange(_RIM_POINTS)[:, None] / _RIM_POINTS
     rim = centre * (1 - share) + radius * math.sqrt(1 - share) * (np.cos(turn) * across + np.sin(turn) * upward)
     if not lens.sees(rim):
