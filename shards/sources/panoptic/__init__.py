@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def from_args(options: argparse.Namespace) -> "Source":
-    """CMU Panoptic: people seen from 31 sides, all yaws evenly, from its sequences or DirectMHP's JSON."""
+    """CMU Panoptic: people in a dome, seen from 31 sides, from its sequences or DirectMHP's JSON."""
     if options.annotations or (options.folder / "annotations").is_dir():
         from shards.sources.panoptic.coco import from_coco
 
