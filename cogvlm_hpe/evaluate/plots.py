@@ -133,7 +133,7 @@ def head_sheet(group: Sequence[Result], heads: int) -> bytes | None:
         return None
     rows = group[0].pose_rows
     picked = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, heads).astype(int))]
-    images = _read_images(group[0].run.get("shards"), {row["key"] for row in picked})
+    images = read_images(group[0].run.get("shards"), {row["key"] for row in picked})
     if images is None:
         return None
     answers = [{row["id"]: row for row in result.pose_rows} for result in group]
@@ -149,16 +149,24 @@ def head_sheet(group: Sequence[Result], heads: int) -> bytes | None:
 
 
 def _tile(image: np.ndarray, row: Row, answer: Row | None) -> tuple[np.ndarray, str]:
+    pixels = head_pixels(image, row, answer, 160)
+    if answer is None or answer["parsed"] is None:
+        return pixels, "not asked" if answer is None else "no pose"
+    return pixels, f"{answer['errors']['geodesic']:.0f} deg"
+
+
+def head_pixels(image: np.ndarray, row: Row, answer: Row | None, side_px: int) -> np.ndarray:
+    """(side_px, side_px, 3) uint8: the head of `row` with its true axes and, where there is a pose, the answer's."""
     from cogvlm_hpe.draw import head_tile
 
     truth = metrics.rotations(pose_triples([row], "truth"))[0]
-    if answer is None or answer["parsed"] is None:
-        return head_tile(image, row["box"], truth, None), "not asked" if answer is None else "no pose"
-    predicted = metrics.rotations(pose_triples([answer], "parsed"))[0]
-    return head_tile(image, row["box"], truth, predicted), f"{answer['errors']['geodesic']:.0f} deg"
+    known = answer is not None and answer["parsed"] is not None
+    predicted = metrics.rotations(pose_triples([answer], "parsed"))[0] if answer is not None and known else None
+    return head_tile(image, row["box"], truth, predicted, side_px)
 
 
-def _read_images(shards: str | None, keys: set[str]) -> dict[str, np.ndarray] | None:
+def read_images(shards: str | None, keys: set[str]) -> dict[str, np.ndarray] | None:
+    """(H, W, 3) uint8 of each key in the set at `shards`; None where not all of them can be read any more."""
     from shards.index import open_set
     from shards.stream import decode_pixels
 
@@ -174,6 +182,35 @@ def _read_images(shards: str | None, keys: set[str]) -> dict[str, np.ndarray] | 
     except (UserError, OSError, ValueError):
         return None  # the set may have been moved or removed since: the report goes without this picture
     return found if keys <= found.keys() else None
+
+
+def merge_sweep(results: Sequence[Result]) -> bytes | None:
+    """Pose error and grounding of layer-based merges over the similarity threshold; None without two of one set."""
+    sets = {
+        name: sorted((r for r in group if r.merge.get("threshold") is not None), key=lambda r: r.merge["threshold"])
+        for name, group in _posed(results).items()
+    }
+    sets = {name: group for name, group in sets.items() if len(group) > 1}
+    if not sets:
+        return None
+    figure, axes = _row_of_axes(len(sets), height=3.4)
+    for axis, (name, group) in zip(axes, sets.items(), strict=True):
+        thresholds = [result.merge["threshold"] for result in group]
+        _band(axis, thresholds, [result.tasks["pose"]["all"]["geodesic"] for result in group], "C0", 1.0)
+        axis.set_ylabel("mean geodesic error (deg)", color="C0")
+        axis.set_xlabel("layers more alike than this keep the base's weights")
+        axis.set_title(name)
+        if all("where" in result.tasks for result in group):
+            other = axis.twinx()
+            _band(other, thresholds, [result.tasks["where"]["accuracy"] for result in group], "C1", 100.0)
+            other.set_ylabel("grounding (%)", color="C1")
+    return _png(figure)
+
+
+def _band(axis: Any, x: list[float], scores: list[dict[str, Any]], colour: str, scale: float) -> None:
+    axis.plot(x, [scale * score["mean"] for score in scores], marker="o", color=colour)
+    low, high = ([scale * score["ci95"][side] for score in scores] for side in (0, 1))
+    axis.fill_between(x, low, high, color=colour, alpha=0.15)
 
 
 def _posed(results: Sequence[Result]) -> dict[str, list[Result]]:

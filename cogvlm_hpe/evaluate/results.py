@@ -12,10 +12,11 @@ import numpy as np
 from cogvlm_hpe.evaluate import metrics
 from cogvlm_hpe.evaluate.metrics import Array, Estimate
 from cogvlm_hpe.evaluate.reduce import METRICS, PREDICTIONS, RUN
-from cogvlm_hpe.evaluate.summary import Row, charged_triples, pose_triples
+from cogvlm_hpe.evaluate.summary import ANGLES, IOU_HIT, KINDS, Row, charged_triples, pose_triples
 from launcher.errors import UserError
 
 CONSTANT = "constant pose"
+_EXAMPLE, _EXAMPLES = 48, 3
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,20 @@ class Result:
         path = self.folder / RUN
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
+    @property
+    def merge(self) -> dict[str, Any]:
+        """How the judged adapter was merged, or nothing where it was not."""
+        return self.metrics.get("model", {}).get("merge") or {}
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """All rows, in key order. Raises UserError where the file is damaged."""
+        return read_rows(self.folder / PREDICTIONS)
+
     @cached_property
     def pose_rows(self) -> list[Row]:
         """The rows of pose questions, in key order. Raises UserError where the file is damaged."""
-        return [row for row in read_rows(self.folder / PREDICTIONS) if row["task"] == "pose"]
+        return [row for row in self.rows if row["task"] == "pose"]
 
     @cached_property
     def geodesic_deg(self) -> Array:
@@ -196,19 +207,95 @@ def compare(a: Result, b: Result | None) -> Estimate | None:
     return metrics.paired_difference(a.geodesic_deg, b.geodesic_deg, groups)
 
 
+def forgotten(a: Result, b: Result) -> Estimate | None:
+    """Share of objects that a finds minus b's, on the same ones, with its interval; None where they differ."""
+    sides = [[row for row in result.rows if row["task"] == "where"] for result in (a, b)]
+    if not sides[0] or [row["id"] for row in sides[0]] != [row["id"] for row in sides[1]]:
+        return None
+    hits = [np.array([bool(row["errors"]) and row["errors"]["iou"] >= IOU_HIT for row in side]) for side in sides]
+    return metrics.paired_difference(hits[0], hits[1], [row["key"] for row in sides[0]])
+
+
 def comparison_table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows: each system against the constant pose and against the set's first system, head by head."""
+    """Headings and rows: each system against the constant pose and the set's first system, gain beside forgetting."""
     rows = []
     for name, group in by_set(results).items():
         posed = [result for result in group if "pose" in result.tasks]
         for result in posed:
-            first = "–" if result is posed[0] else _difference(compare(result, posed[0]))
-            rows.append([name, result.name, _difference(compare(result, None)), first])
-    return ["set", "system", f"against the {CONSTANT}", "against the first system"], rows
+            first, lost = "–", "–"
+            if result is not posed[0]:
+                first = _difference(compare(result, posed[0]))
+                objects = forgotten(result, posed[0])
+                lost = _difference(objects, scale=100.0, unit=" %", better=1) if objects else "–"
+            rows.append([name, result.name, _difference(compare(result, None)), first, lost])
+    heads = [
+        "set",
+        "system",
+        f"pose, against the {CONSTANT}",
+        "pose, against the first",
+        "grounding, against the first",
+    ]
+    return heads, rows
 
 
-def _difference(estimate: Estimate | None) -> str:
+def _difference(estimate: Estimate | None, scale: float = 1.0, unit: str = "", better: int = -1) -> str:
     if estimate is None:
         return "other heads"
-    verdict = "better" if estimate.high < 0 else "worse" if estimate.low > 0 else "no clear difference"
-    return f"{estimate.mean:+.1f} [{estimate.low:+.1f}, {estimate.high:+.1f}]: {verdict}"
+    mean, low, high = (scale * value for value in (estimate.mean, estimate.low, estimate.high))
+    sign = 1 if low > 0 else -1 if high < 0 else 0
+    verdict = "no clear difference" if not sign else "better" if sign == better else "worse"
+    return f"{mean:+.1f}{unit} [{low:+.1f}, {high:+.1f}]: {verdict}"
+
+
+def protocol_table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows: errors of valid answers as published numbers count them, and of all answers, with their n."""
+    heads = ["set", "system", "protocol", "heads", "answered", "MAE", "yaw/pitch/roll", "MAEV", "MAE of all"]
+    rows = []
+    for result in results:
+        pose = result.tasks.get("pose", {})
+        if "protocols" not in pose:
+            continue
+        parts = {"full": pose, **pose["protocols"], "aligned": pose["aligned"] | {"n": pose["n"]}}
+        for name, part in parts.items():
+            valid = part.get("valid", part)
+            if not part["n"] or valid["mae"]["mean"] is None:
+                continue
+            mae = valid["mae"]
+            title = f"{name} (turned by {part['turn_deg']:.1f} deg)" if name == "aligned" else name
+            charged = f"{part['all']['mae']['mean']:.2f}" if "all" in part else "–"
+            answered = part.get("n_valid", pose["n_valid"])
+            cells = [str(part["n"]), str(answered), f"{mae['mean']:.2f}"]
+            cells += ["/".join(f"{mae[angle]:.2f}" for angle in ANGLES), f"{valid['maev']['mean']:.2f}", charged]
+            rows.append([result.set_name, result.name, title, *cells])
+    return heads, rows
+
+
+def front_back_table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows: of the heads that face the camera or not, how many were answered so."""
+    rows = []
+    for result in results:
+        counts = result.tasks.get("pose", {}).get("front_back", {})
+        rows += [
+            [result.set_name, result.name, side, *(_of(said[word], sum(said.values())) for word in said)]
+            for side, said in counts.items()
+            if sum(said.values())
+        ]
+    return ["set", "system", "true", "answered front", "answered back", "no pose"], rows
+
+
+def _of(count: int, total: int) -> str:
+    return f"{count} ({100 * count / total:.1f} %)"
+
+
+def invalid_table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows: answers of another kind than was asked for, counted by kind, with examples."""
+    rows = []
+    for result in results:
+        for task, wanted in (("pose", "pose"), ("where", "box")):
+            asked = [row for row in result.rows if row["task"] == task]
+            for kind in KINDS:
+                texts = [row["text"] for row in asked if row["kind"] == kind != wanted]
+                if texts:
+                    examples = "  ".join(repr(text[:_EXAMPLE]) for text in list(dict.fromkeys(texts))[:_EXAMPLES])
+                    rows.append([result.set_name, result.name, wanted, kind, _of(len(texts), len(asked)), examples])
+    return ["set", "system", "asked for", "answered", "how many", "examples"], rows

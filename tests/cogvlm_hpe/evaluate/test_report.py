@@ -1,15 +1,19 @@
 """The report on results with known errors: its numbers, its completeness, and what it refuses."""
 
 import base64
+import html
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from cogvlm_hpe import cli, dialogue
-from cogvlm_hpe.evaluate import reduce, report, results
+from cogvlm_hpe.evaluate import gallery, plots, reduce, report, results
 from cogvlm_hpe.evaluate.answer import Answer
 from cogvlm_hpe.evaluate.decode import judge, questions
 from launcher.comm import single
@@ -90,6 +94,129 @@ def test_systems_are_compared_head_by_head(runs: list[Path]) -> None:
     assert floor is not None and floor.high < 0
 
 
+def test_forgetting_stands_beside_the_gain(runs: list[Path]) -> None:
+    good, poor = results.load_results(runs[:2])
+    lost = results.forgotten(poor, good)
+    assert lost is not None and lost.mean == lost.low == lost.high == 0.0
+    path = runs[1] / "predictions.jsonl"
+    lines = [json.loads(line) for line in path.open()]
+    for row in [row for row in lines if row["task"] == "where"][::2]:
+        row["errors"] = None
+    path.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    lost = results.forgotten(results.load_results([runs[1]])[0], good)
+    assert lost is not None and lost.mean == pytest.approx(-0.5, abs=0.05) and lost.high < 0
+    headings, [_, row] = results.comparison_table([good, results.load_results([runs[1]])[0]])
+    assert headings[-1].startswith("grounding") and row[-1].endswith("worse") and row[3].endswith("worse")
+
+
+def test_tables_of_protocols_sides_and_wrong_kinds(runs: list[Path]) -> None:
+    loaded = results.load_results(runs[:2])
+    headings, rows = results.protocol_table(loaded)
+    table = {(row[1], row[2].split()[0]): dict(zip(headings, row, strict=True)) for row in rows}
+    asked = int(table["good", "full"]["heads"])
+    assert asked == int(table["good", "narrow"]["heads"]) + int(table["good", "backward"]["heads"])
+    assert int(table["poor", "full"]["answered"]) == asked - 4
+    # An axis moves by no more than the whole turn, and by less the nearer it is to the turn's own axis.
+    assert 5 < float(table["good", "full"]["MAEV"]) < 10.5 and 15 < float(table["poor", "full"]["MAEV"]) < 30.5
+    _, sides = results.front_back_table(loaded)
+    assert sum(int(cell.split()[0]) for row in sides if row[1] == "poor" for cell in row[3:]) == asked
+    assert sum(int(row[5].split()[0]) for row in sides if row[1] == "poor") == 4
+    _, [wrong] = results.invalid_table(loaded)
+    assert wrong[1:5] == ["poor", "pose", "blended", f"4 ({400 / asked:.1f} %)"] and "[[" in wrong[5]
+
+
+def test_merges_at_several_thresholds_are_drawn_as_a_sweep(runs: list[Path]) -> None:
+    loaded = results.load_results(runs[:2])
+    assert plots.merge_sweep(loaded) is None
+    for result, threshold in zip(loaded, (0.9, 0.99), strict=True):
+        result.metrics["model"] = {"merge": {"method": "layerwise", "threshold": threshold}}
+    png = plots.merge_sweep(loaded)
+    assert png is not None and png.startswith(b"\x89PNG")
+    assert "Threshold of the merge" in [part.title for part in report.sections(loaded)]
+
+
+def test_the_gallery_holds_the_extremes_and_each_wrong_kind(runs: list[Path]) -> None:
+    [poor] = results.load_results([runs[1]])
+    entries = gallery.heads([poor])
+    errors = [row["errors"]["geodesic"] for row in poor.pose_rows if row["errors"]]
+    by_why = {why: [entry for entry in entries if entry["why"] == why] for why in ("best", "worst", "no pose")}
+    assert max(entry["error"] for entry in by_why["worst"]) == max(errors)
+    assert min(entry["error"] for entry in by_why["best"]) == min(errors)
+    assert [entry["kind"] for entry in by_why["no pose"]] == ["blended"] * 4
+    assert len({entry["id"] for entry in entries}) == len(entries)
+    assert "<" not in gallery.as_script([{"text": "</script><b>"}])
+
+
+_CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+# What a person would do, done by events; what they would see is left in the title.
+_DRIVE = """
+const said = [], select = (name, value) => {
+  const node = document.querySelector(`select[name=${name}]`);
+  node.value = value; node.dispatchEvent(new Event("change"));
+};
+const look = () => said.push(document.querySelector("output").textContent, document.querySelectorAll("figure").length,
+  document.querySelector("figcaption").textContent);
+select("kind", "blended");
+setTimeout(() => {
+  look();
+  select("kind", "any");
+  setTimeout(() => {
+    select("sort", "best");
+    setTimeout(() => {
+      look();
+      const heading = document.querySelectorAll("table")[0].rows[0].cells[4];
+      for (const _ of [0, 1]) {
+        heading.click();
+        const rows = [...document.querySelectorAll("table")[0].rows].slice(1);
+        said.push(rows.map((row) => parseFloat(row.cells[4].textContent)));
+      }
+      document.title = JSON.stringify(said);
+    }, 50);
+  }, 50);
+}, 50);
+"""
+
+
+def browse(page: Path, profile: Path, *flags: str, address: str = "") -> tuple[str, list[str]]:
+    """The page as a browser leaves it, and what its console said."""
+    assert _CHROMIUM is not None
+    words = [_CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"]
+    words += ["--enable-logging=stderr", "--virtual-time-budget=4000", "--disable-background-networking", *flags]
+    done = subprocess.run([*words, f"{page.as_uri()}{address}"], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    _CHROMIUM is None, reason="SKIPPED: no chromium here; tests/install.sh installs it on Debian as root"
+)
+def test_a_browser_shows_filters_and_sorts_without_an_error(runs: list[Path], tmp_path: Path) -> None:
+    loaded = results.load_results(runs)
+    report.write(report.sections(loaded), tmp_path / "out")
+    page, profile = tmp_path / "out" / "report.html", tmp_path / "profile"
+    shot = f"--screenshot={tmp_path / 'shot.png'}"
+    browse(page, profile, shot, "--window-size=1200,9000", "--hide-scrollbars")
+    pixels = np.array(Image.open(tmp_path / "shot.png").convert("RGB"))
+    assert pixels.shape == (9000, 1200, 3) and (pixels != 255).any(axis=2).mean() > 0.02
+    heads = gallery.heads(loaded)
+    seen, console = browse(page, profile, "--dump-dom", address="#system=poor&why=no%20pose&sort=worst")
+    body = seen.partition('id="gallery-data"')[0]
+    assert body.count("<figure>") == 8 and f"8 of {len(heads)} heads" in body and console == []
+    driven = tmp_path / "out" / "driven.html"
+    driven.write_text(page.read_text().replace("</body>", f"<script>{_DRIVE}</script></body>"))
+    seen, console = browse(driven, profile, "--dump-dom")
+    assert console == []
+    said = json.loads(html.unescape(seen.partition("<title>")[2].partition("</title>")[0]))
+    assert said[:2] == [f"8 of {len(heads)} heads", 8] and "blended" in said[2]
+    assert said[3:5] == [f"{len(heads)} of {len(heads)} heads", len(heads)]
+    assert f"{min(head['error'] for head in heads if head['error'] is not None):.1f}°" in said[5]
+    up, down = said[6:]
+    assert up == sorted(up) and down == up[::-1] and len(set(up)) > 2
+    driven.write_text("<script>console.error('heard'); nothing()</script>")
+    assert len(browse(driven, profile, "--dump-dom")[1]) == 2, "a page with two errors must be heard"
+
+
 def test_systems_judged_on_different_heads_are_not_compared(runs: list[Path]) -> None:
     loaded = results.load_results(runs)
     assert results.compare(loaded[0], loaded[2]) is None
@@ -105,6 +232,7 @@ def test_the_report_is_whole_and_the_page_needs_no_other_file(
     pictures = re.findall(r"\]\((report/[\w-]+\.png)\)", markdown)
     assert len(pictures) == 6 and all((out / picture).is_file() for picture in pictures)
     inlined = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert not re.search(r"https?://|@import|url\(", page)
     assert [base64.b64decode(data) for data in inlined] == [(out / picture).read_bytes() for picture in pictures]
     assert not re.search(r'(src|href)="(?!data:)', page)
     for text in (markdown, page):
@@ -129,14 +257,17 @@ def test_a_set_that_has_gone_costs_only_its_picture(runs: list[Path], tmp_path: 
         facts = json.loads((run / "run.json").read_text())
         (run / "run.json").write_text(json.dumps(facts | {"shards": str(tmp_path / "gone")}))
     titles = [part.title for part in report.sections(results.load_results(runs))]
-    assert "Mean error" in titles and not any(title.startswith("Heads of") for title in titles)
+    assert "Mean error" in titles
+    assert not any(title.startswith("Heads of") or title == "Gallery" for title in titles)
 
 
 def test_a_result_without_poses_still_makes_a_report(tmp_path: Path) -> None:
     row = {"id": "k/object-0", "key": "k", "task": "where", "kind": "box", "errors": {"iou": 0.7}}
     reduce.write_result(tmp_path / "a", [row], {"system": "s", "set": {"name": "t", "images": 1}}, {})
     parts = report.sections(results.load_results([tmp_path / "a"]))
-    assert "100.0 %" in report.markdown(parts) and [p.title for p in parts].count("Head by head") == 0
+    assert (
+        "100.0 %" in report.markdown(parts) and [p.title for p in parts].count("Gain and forgetting, head by head") == 0
+    )
 
 
 def test_folders_without_results_are_refused(tmp_path: Path, runs: list[Path]) -> None:
