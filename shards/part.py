@@ -6,6 +6,7 @@ which holds the hashes of its tars.
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -89,7 +90,8 @@ def _write_sample(writer: Any, rows: "_Rows", sample: "Sample", name: str) -> No
         raise UserError(f"{name}: key {sample.key!r} is not 1 to 90 letters, digits, _, - and /")
     text = sample.record.to_json().encode()
     try:
-        record.from_json(text)
+        # As stored, so that the index counts what a reader will find: numbers are rounded on the way.
+        sample = replace(sample, record=record.from_json(text))
     except record.RecordError as error:
         raise UserError(f"{name}, key {sample.key}: {error}; the source gives an impossible record") from None
     rows.add(sample, len(text), writer.tarstream.offset)
