@@ -1,1 +1,17 @@
 """HPE-CogVLM: a vision language model that reads head pose."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cogvlm_hpe.headpose import HeadPose as HeadPose
+
+__all__ = ["HeadPose"]
+
+
+def __getattr__(name: str) -> Any:
+    # Late: importing a part of the package must not import torch.
+    if name == "HeadPose":
+        from cogvlm_hpe.headpose import HeadPose
+
+        return HeadPose
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

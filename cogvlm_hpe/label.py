@@ -173,13 +173,12 @@ class _Answers:
     def __call__(
         self, pixels: "np.ndarray", boxes: list[tuple[float, float, float, float]]
     ) -> "list[tuple[np.ndarray, float] | None]":
-        from cogvlm_hpe.predict import predict
+        from cogvlm_hpe.headpose import HeadPose
         from shards.pose import rotation_from_pose
 
-        answers = predict(self.loaded, pixels, boxes, "expectation")
         return [
-            (rotation_from_pose(a["yaw"], a["pitch"], a["roll"]), a.get("confidence", 1.0))
-            if a["reason"] is None
-            else None
-            for a in answers
+            None
+            if a.yaw is None or a.pitch is None or a.roll is None
+            else (rotation_from_pose(a.yaw, a.pitch, a.roll), 1.0 if a.confidence is None else a.confidence)
+            for a in HeadPose(self.loaded, "expectation")(pixels, boxes)
         ]

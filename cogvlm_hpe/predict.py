@@ -1,72 +1,160 @@
-"""`cogvlm-hpe predict`: one image and head boxes in; poses as JSON, and a picture with their axes, out."""
+"""`cogvlm-hpe predict`: images, folders or videos in; poses as JSON or CSV, and pictures with their axes, out."""
 
 import argparse
+import csv
 import json
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
-from launcher.errors import UsageError, UserError
+from launcher.errors import EXIT_FAILURE, UsageError, UserError
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from cogvlm_hpe.dialogue import Parsed
-    from cogvlm_hpe.evaluate.answer import Answer, Decode
-    from cogvlm_hpe.model.load import Loaded
+    from cogvlm_hpe.headpose import Box, HeadPose
+    from cogvlm_hpe.pictures import Picture
 
-HELP = "read the pose of heads in one image"
-_REASONS = {
-    "box": "the model answered with a box, not with a pose",
-    "blended": "the answer mixes box and pose formats",
-    "out_of_range": "the answer is written as a pose, but its numbers are no angles",
-    "other": "the answer is no pose",
-}
-
-Box = tuple[float, float, float, float]
+HELP = "read the pose of heads in images, folders and videos"
+_COLUMNS = ("image", "frame", "x0", "y0", "x1", "y1", "yaw", "pitch", "roll", "confidence", "reason", "answer")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of predict."""
     add = parser.add_argument
-    add("image", type=Path, metavar="IMAGE", help="JPEG, PNG or anything else Pillow reads")
     add(
-        "--box", action="append", required=True, metavar="X0,Y0,X1,Y1",
-        help="a head's box in pixels of the image; give one for each head",
+        "image", type=Path, nargs="+", metavar="IMAGE",
+        help="image (anything Pillow reads), folder of images, or video (needs the extra `video`)",
+    )  # fmt: skip
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument(
+        "--box", action="append", metavar="X0,Y0,X1,Y1",
+        help="a head's box in pixels of the one image, or of each frame of the one video; give one for each head",
+    )  # fmt: skip
+    where.add_argument(
+        "--detect", nargs="?", const="head", metavar="EXPRESSION",
+        help="let the model find the heads itself, by asking where the EXPRESSION is (default: head)",
     )  # fmt: skip
     add("--model", required=True, metavar="DIR", help="base folder, adapter folder (it names its base) or merged model")
     add("--adapter", type=Path, metavar="DIR", help="adapter to put on --model")
+    add("--tokenizer", type=Path, metavar="DIR", help="where neither the base nor the adapter knows it")
     add(
         "--decode", choices=("greedy", "expectation"), default="greedy",
         help="expectation: a pose is the mean over the distribution of its digits, with a confidence",
     )  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default: %(default)s)")
-    add("--out", type=Path, metavar="PICTURE", help="also write the image with the poses' axes drawn on it")
+    add("--every", type=int, default=1, metavar="N", help="of a video, every N-th frame (default: %(default)s)")
+    add("--format", choices=("json", "csv"), default="json", help="what is printed (default: %(default)s)")
+    add(
+        "--out", type=Path, metavar="PATH",
+        help="also draw the poses' axes: onto a picture (for one image), or into a folder (for several, or a video)",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one JSON object per box. Raises UserError or UsageError for the user's mistakes."""
-    boxes = [parse_box(text) for text in args.box]
-    if args.out is not None and not args.out.suffix:
+    """Print one object per head. Raises UserError or UsageError for the user's mistakes.
+
+    Of several pictures one that cannot be read is named and left out, and the exit code is 1.
+    """
+    from cogvlm_hpe import pictures
+
+    if args.every < 1:
+        raise UsageError(f"--every {args.every}: must be at least 1")
+    boxes = [parse_box(text) for text in args.box] if args.box else None
+    paths = pictures.find(args.image)
+    alone = len(paths) == 1 and paths[0].suffix.lower() not in pictures.VIDEOS
+    _check(args, len(paths), alone)
+    for box in boxes or ():
+        pixels = next(pictures.read(paths[0])).pixels
+        check_inside(box, pixels.shape[1], pixels.shape[0])
+    if alone:
+        pictures.read_image(paths[0])  # a file that is no image is told before the model is read
+    from cogvlm_hpe.headpose import HeadPose
+    from launcher.progress import track
+
+    total = sum(pictures.count(path, args.every) for path in paths)
+    model = HeadPose.from_pretrained(
+        args.model, args.adapter, device=args.device, tokenizer=args.tokenizer, decode=args.decode
+    )
+    writer = Rows(args.format, sys.stdout)
+    unread: list[Path] = []
+    for picture in track(_read_all(paths, args.every, unread), "predict", total):
+        rows = judge(model, picture, boxes, args.detect)
+        if args.detect and not rows:
+            print(f"{picture.path}: no {args.detect} found", file=sys.stderr)
+        writer.write(rows)
+        if args.out is not None:
+            write_picture(args.out if alone else args.out / f"{picture.name}.png", picture.pixels, rows)
+    writer.close()
+    return EXIT_FAILURE if unread else 0
+
+
+def _check(args: argparse.Namespace, n_paths: int, alone: bool) -> None:
+    if args.box and n_paths > 1:
+        raise UsageError("--box: boxes are of one image; give one IMAGE, or --detect")
+    if args.out is None:
+        return
+    if alone and not args.out.suffix:
         raise UsageError(f"--out {args.out}: needs an ending that names a picture format, such as .png")
-    pixels = read_image(args.image)
-    height, width = pixels.shape[:2]
-    for box in boxes:
-        check_inside(box, width, height)
-    import torch
-
-    from cogvlm_hpe.evaluate.command import device_of
-    from cogvlm_hpe.model.load import load
-
-    device = device_of(args.device)
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    answers = predict(load(args.model, args.adapter, device=device, dtype=dtype), pixels, boxes, args.decode)
-    print("[\n" + ",\n".join("  " + json.dumps(answer, ensure_ascii=False) for answer in answers) + "\n]")
-    if args.out is not None:
-        write_picture(args.out, pixels, answers)
-    return 0
+    if not alone:
+        if args.out.exists() and not args.out.is_dir():
+            raise UsageError(f"--out {args.out}: is a file; several pictures need a folder")
+        args.out.mkdir(parents=True, exist_ok=True)
 
 
-def parse_box(text: str) -> Box:
+def _read_all(paths: Sequence[Path], every: int, unread: list[Path]) -> "Iterator[Picture]":
+    from cogvlm_hpe import pictures
+
+    for path in paths:
+        try:
+            yield from pictures.read(path, every)
+        except UserError as error:
+            if len(paths) == 1:
+                raise
+            print(error, file=sys.stderr)
+            unread.append(path)
+
+
+def judge(
+    model: "HeadPose", picture: "Picture", boxes: "Sequence[Box] | None", expression: str | None
+) -> list[dict[str, Any]]:
+    """`{image, frame?, box, answer, yaw, pitch, roll, reason, confidence?}` of each head of a picture."""
+    place: dict[str, Any] = {"image": str(picture.path)}
+    if picture.frame is not None:
+        place["frame"] = picture.frame
+    readings = model(picture.pixels, boxes, expression=expression or "head")
+    return [place | reading.as_dict() for reading in readings]
+
+
+class Rows:
+    """Prints rows as they come: a JSON list, or CSV with a heading."""
+
+    def __init__(self, kind: str, file: TextIO) -> None:
+        self._file, self._first = file, True
+        self._csv = csv.DictWriter(file, _COLUMNS, restval="", extrasaction="ignore") if kind == "csv" else None
+        if self._csv:
+            self._csv.writeheader()
+        else:
+            file.write("[")
+
+    def write(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Print some more."""
+        for row in rows:
+            if self._csv:
+                self._csv.writerow(row | dict(zip(("x0", "y0", "x1", "y1"), row["box"], strict=True)))
+            else:
+                self._file.write(("\n  " if self._first else ",\n  ") + json.dumps(row, ensure_ascii=False))
+            self._first = False
+        self._file.flush()
+
+    def close(self) -> None:
+        """Nothing more comes."""
+        if not self._csv:
+            self._file.write("\n]\n")
+
+
+def parse_box(text: str) -> "Box":
     """`x0,y0,x1,y1` in pixels. Raises UsageError."""
     try:
         x0, y0, x1, y1 = (float(part) for part in text.split(","))
@@ -77,59 +165,12 @@ def parse_box(text: str) -> Box:
     return (x0, y0, x1, y1)
 
 
-def check_inside(box: Box, width: int, height: int) -> None:
+def check_inside(box: "Box", width: int, height: int) -> None:
     """Raises UsageError unless the box lies within the image."""
     x0, y0, x1, y1 = box
     if not (x0 >= 0 and y0 >= 0 and x1 <= width and y1 <= height):
         said = ",".join(f"{v:g}" for v in box)
         raise UsageError(f"--box {said}: outside the image, which is {width} x {height} pixels; give a box within it")
-
-
-def read_image(path: Path) -> "np.ndarray":
-    """(H, W, 3) uint8 RGB. Raises UserError where there is no image."""
-    import numpy as np
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as image:
-            # Turned as its EXIF data say, as every viewer shows it and so as boxes are read off it.
-            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: not an image that can be read ({reason})") from None
-
-
-def predict(
-    loaded: "Loaded", pixels: "np.ndarray", boxes: list[Box], decode: "Decode" = "greedy"
-) -> list[dict[str, Any]]:
-    """For each box: `{box, answer, yaw, pitch, roll, reason}`, degrees, or nulls and the reason why.
-
-    With expectation decoding also `confidence`, 0..1.
-    """
-    from cogvlm_hpe import dialogue
-    from cogvlm_hpe.evaluate.answer import Decoding, answer
-    from cogvlm_hpe.train.batch import normalise
-    from shards.stream import resize
-
-    height, width = pixels.shape[:2]
-    model, notes = loaded.model, loaded.notes
-    weight = next(model.parameters())
-    image = normalise(resize(pixels, model.config.vision_config["image_size"])[None]).to(weight.device, weight.dtype)
-    questions = [dialogue.ask("pose", notes["prompts"], box=dialogue.format_box(box, width, height)) for box in boxes]
-    n = len(boxes)
-    answers = answer(loaded, image, [0] * n, ["pose"] * n, questions, Decoding(decode=decode))
-    return [
-        {"box": list(box), "answer": given.text, **_reading(given, dialogue.parse(given.text, notes["answer_format"]))}
-        for box, given in zip(boxes, answers, strict=True)
-    ]
-
-
-def _reading(given: "Answer", parsed: "Parsed") -> dict[str, Any]:
-    yaw, pitch, roll = given.pose_deg or parsed.pose_deg or (None, None, None)
-    reading = {"yaw": yaw, "pitch": pitch, "roll": roll, "reason": _REASONS.get(parsed.kind)}
-    return reading if given.confidence is None else reading | {"confidence": round(given.confidence, 4)}
 
 
 def write_picture(path: Path, pixels: "np.ndarray", answers: list[dict[str, Any]]) -> None:
