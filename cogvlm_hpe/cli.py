@@ -18,6 +18,7 @@ COMMANDS = {
     "label": "cogvlm_hpe.label",
     "train-cnn": "cogvlm_hpe.evaluate.baselines.train_cnn",
     "plan": "cogvlm_hpe.train.plan_command",
+    "preflight": "cogvlm_hpe.preflight",
     "convert": "cogvlm_hpe.convert",
     "demo": "cogvlm_hpe.demo",
 }

@@ -19,12 +19,14 @@ Starts the project's programs on many ranks: inside a Slurm allocation with srun
 DeepSpeed launcher, evaluation and shard building with mpirun."""
 _COMMANDS = {
     "train": "training: config keys in the form --train.lr 1e-4, and --resume, are passed on",
+    "preflight": "whether a training run would go well, on the ranks that would train; --deep takes two real steps",
     "evaluate": "evaluation: every option it does not know is passed on to `cogvlm-hpe evaluate`",
     "shards": "shard work: every word it does not know is passed on to `hpe-shards` (build, verify, …)",
     "merge": "the merge job, one process with all CPUs: options are passed on to `cogvlm-hpe merge`",
     "status": "what a run's folder says of it: step, time left, losses, restarts, age of the checkpoint",
     "tensorboard": "TensorBoard on run folders, here or, inside a Slurm job, with the tunnel to type",
 }
+_ON_TRAINING_RANKS = ("train", "preflight")
 _TRAIN_FLAGS = {"--resume", "--allow-change", "--print_config"}
 
 
@@ -67,7 +69,7 @@ def _main(argv: list[str]) -> int:
     if arguments.dry_run:
         print(started.text())
         return 0
-    if arguments.command == "train" and "--print_config" not in rest:
+    if arguments.command in _ON_TRAINING_RANKS and "--print_config" not in rest:
         code = _check(arguments, rest)
         if code:
             return code
@@ -81,8 +83,9 @@ def _check(arguments: argparse.Namespace, rest: list[str]) -> int:
 
     Asked once, before there are ranks: of several that fail, srun ends the slower ones and loses the exit code.
     """
-    module, words = _program(arguments, rest)
-    return subprocess.run([sys.executable, "-m", module, *words, "--check"]).returncode
+    run_dir = ["--run_dir", arguments.run_dir] if arguments.run_dir else []
+    words = ["train", "--config", arguments.config, *run_dir, *rest, "--check"]
+    return subprocess.run([sys.executable, "-m", "cogvlm_hpe", *words]).returncode
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,9 +94,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, text in _COMMANDS.items():
         one = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        if name == "train":
+        if name in _ON_TRAINING_RANKS:
             one.add_argument("config", metavar="FILE", help="the YAML file of the stage")
             one.add_argument("--run-dir", metavar="DIR", help="where the run goes (default: run_dir of FILE)")
+        if name == "preflight":
+            one.add_argument("--deep", action="store_true", help="two real steps and a checkpoint as well")
+            one.add_argument("--gpu-memory", metavar="GB", help="of one GPU (default: what is free)")
         if name == "status":
             one.add_argument("runs", metavar="RUN", nargs="+", help="run folders")
             one.add_argument("--json", action="store_true", help="print JSON, one object a run")
@@ -114,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    ours, overrides = split_overrides(argv) if argv[:1] == ["train"] else (argv, [])
+    ours, overrides = split_overrides(argv) if argv[:1] and argv[0] in _ON_TRAINING_RANKS else (argv, [])
     parser = _parser()
     arguments, unknown = parser.parse_known_args(ours)
     if arguments.version:
@@ -125,10 +131,9 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if arguments.command is None:
         parser.print_help(sys.stderr)
         raise SystemExit(2)
-    if arguments.command == "train" and unknown:
-        raise UsageError(
-            f"{' '.join(unknown)}: not an option of {PROGRAM} train; config keys look like --train.lr 1e-4"
-        )
+    if arguments.command in _ON_TRAINING_RANKS and unknown:
+        said = f"{' '.join(unknown)}: not an option of {PROGRAM} {arguments.command}"
+        raise UsageError(f"{said}; config keys look like --train.lr 1e-4")
     for name in ("nproc", "threads"):
         value = getattr(arguments, name, None)
         if value is not None and value < 1:
@@ -167,7 +172,7 @@ def build(arguments: argparse.Namespace, rest: list[str], place: Place) -> Comma
         return _with_srun(arguments, module, words, ranks, env, place)
     nodes = _nodes(arguments.hostfile, ranks, arguments.nproc is not None)
     threads = arguments.threads or command.threads_per_rank(place.cpus, max(1, ranks // nodes))
-    if arguments.command == "train":
+    if arguments.command in _ON_TRAINING_RANKS:
         return command.deepspeed(
             module,
             words,
@@ -199,7 +204,10 @@ def _program(arguments: argparse.Namespace, rest: list[str]) -> tuple[str, list[
     if arguments.command == "evaluate":
         return "cogvlm_hpe", ["evaluate", *rest]
     run_dir = ["--run_dir", arguments.run_dir] if arguments.run_dir else []
-    return "cogvlm_hpe", ["train", "--config", arguments.config, *run_dir, *rest]
+    words = [arguments.command, "--config", arguments.config, *run_dir, *rest]
+    if arguments.command == "preflight":
+        words += ["--deep"] * arguments.deep + (["--gpu-memory", arguments.gpu_memory] if arguments.gpu_memory else [])
+    return "cogvlm_hpe", words
 
 
 def _with_srun(
@@ -219,7 +227,7 @@ def _with_srun(
         nodes=min(nodes, ranks),
         threads=threads,
         env=env | {"MASTER_ADDR": head, "MASTER_PORT": os.environ.get("MASTER_PORT") or str(port)},
-        mpi="none" if arguments.command == "train" else arguments.mpi,
+        mpi="none" if arguments.command in _ON_TRAINING_RANKS else arguments.mpi,
         cpus_per_task=int(cpus) if cpus else None,
         program=command.find_program("srun", "inside a Slurm job it must be on PATH"),
     )

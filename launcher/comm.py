@@ -59,6 +59,13 @@ class Comm:
         """A note that a rank has left, or None."""
         return None
 
+    def time_sum(self, n_bytes: int) -> float:
+        """All ranks. Seconds for a sum over ranks of so many bytes on the devices of training: best of three.
+
+        Raises UserError where ranks cannot talk.
+        """
+        return 0.0
+
     def _reduce(self, array: np.ndarray, operation: str) -> np.ndarray:
         return array
 
@@ -172,6 +179,26 @@ class _Torch(Comm):
     def posted(self, key: str) -> str | None:
         store = self._store()
         return store.get(key).decode() if store.check([key]) else None
+
+    def time_sum(self, n_bytes: int) -> float:
+        import torch
+        from torch import distributed
+
+        device, taken_s = "cuda" if torch.cuda.is_available() else "cpu", []
+        try:
+            tensor = torch.zeros(n_bytes // 4, device=device)
+            for _ in range(4):  # the first one makes the connections
+                self.barrier()
+                start_s = time.monotonic()
+                distributed.all_reduce(tensor)
+                tensor[:1].tolist()  # waits for the device
+                taken_s.append(time.monotonic() - start_s)
+        except RuntimeError as error:
+            raise UserError(
+                f"rank {self.rank}: a sum over ranks failed ({str(error).splitlines()[0]}); check the network and "
+                "NCCL_SOCKET_IFNAME, NCCL_DEBUG=INFO says more"
+            ) from None
+        return self.max(min(taken_s[1:]))
 
     def _store(self) -> Any:
         from torch.distributed import distributed_c10d

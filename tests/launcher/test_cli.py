@@ -29,6 +29,12 @@ def test_train_goes_through_deepspeed() -> None:
     assert "OMP_NUM_THREADS=" in done.stdout
 
 
+def test_preflight_goes_the_way_of_train() -> None:
+    done = launch("preflight", "x.yaml", "--nproc", "2", "--deep", "--gpu-memory", "80", "--train.lr", "1", "--dry-run")
+    assert "/deepspeed --quiet --num_gpus 2 --master_port " in done.stdout, done.stderr
+    assert done.stdout.endswith("cogvlm_hpe preflight --config x.yaml --train.lr 1 --deep --gpu-memory 80\n")
+
+
 def test_evaluate_and_shards_go_through_mpirun() -> None:
     evaluated = launch("evaluate", "--nproc", "2", "--model", "m", "--limit", "3", "--threads", "5", "--dry-run")
     assert "/mpirun -np 2 " in evaluated.stdout and "OMP_NUM_THREADS=" in evaluated.stdout

@@ -1,0 +1,398 @@
+"""`cogvlm-hpe preflight`: what can be checked before a GPU-hour is spent, on the ranks that would train."""
+
+import argparse
+import math
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher.errors import EXIT_FAILURE, UserError
+
+if TYPE_CHECKING:
+    from cogvlm_hpe.config import RunConfig
+    from cogvlm_hpe.train.command import Flags
+    from launcher.comm import Comm
+    from launcher.world import World
+
+HELP = "whether a run would go well: files, disk, memory, network, clocks, time limit; --deep: two real steps"
+_EPILOG = """Any key of the config may follow, and --resume, as for train. On all the ranks that would train:
+  hpe-launch preflight FILE --nproc 8        or, in a job,        hpe-launch preflight FILE
+exit code 0: all is well, 1: a line has a ✗, 2: the config cannot be meant"""
+_MEET_S = 300.0
+_SKEW_S = 2.0  # between clocks: beyond it, ages of files and times in logs of several hosts mean little
+_PROBE_BYTES = 64 * 2**20
+_TEXT_TOKENS = 76  # of a question and its answer
+_SAME_EVERYWHERE = {"shards", "base", "tokenizer", "interface"}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table. `said` is the result, or what is wrong and, after the last semicolon, the remedy."""
+
+    check: str
+    ok: bool
+    said: str
+    host: str = ""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the planner says of one rank of this world: bytes by part, trained parameters, bytes of their gradients."""
+
+    memory: dict[str, float]
+    trained: int
+    gradient_bytes: int
+
+
+def main(argv: list[str]) -> int:
+    """Check, print the table on rank 0; the same exit code on every rank."""
+    args, rest = _parser().parse_known_args(argv)
+
+    from cogvlm_hpe.train.command import parse
+
+    config, flags = parse(["--config", str(args.config), *rest])
+
+    from launcher.comm import from_torch
+    from launcher.machine import check_reachable
+    from launcher.world import discover
+
+    world, start_s = discover(), time.monotonic()
+    check_reachable(world.size > world.local_size)
+    comm = from_torch(world, _MEET_S)
+    table = _Table(comm)
+    met = f"{world.size} ranks at {world.master_addr}:{world.master_port} in {time.monotonic() - start_s:.1f} s"
+    table.add([Line("ranks meet", True, met)])
+    table.add(_merge(comm.gather(check_host(config, flags, world))))
+    needs = read_plan(config, comm) if table.all_well else None
+    if needs is not None:
+        table.add(check_needs(config, needs, comm, args.gpu_memory))
+    table.add(check_network(needs, comm))
+    step_s = None
+    if args.deep and table.all_well:
+        line, step_s = one_step(config, world, comm)
+        table.add([line])
+    table.add([attempt("wall time", lambda: check_wall_time(config, step_s))] if comm.rank == 0 else [])
+    return 0 if table.all_well else EXIT_FAILURE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cogvlm-hpe preflight",
+        description=HELP,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="training config")
+    parser.add_argument("--gpu-memory", type=float, metavar="GB", help="of one GPU, 10^9 bytes (default: what is free)")
+    parser.add_argument("--deep", action="store_true", help="two real steps and a checkpoint beside run_dir, removed")
+    return parser
+
+
+class _Table:
+    """Lines go out as they come, so that whatever ends the program leaves those before it."""
+
+    def __init__(self, comm: "Comm") -> None:
+        self._comm = comm
+        self.all_well = True
+
+    def add(self, lines: Iterable[Line]) -> None:
+        """All ranks. Lines count on rank 0."""
+        wrong = False
+        for line in lines if self._comm.rank == 0 else []:
+            wrong = wrong or not line.ok
+            print(show(line), flush=True)
+        self.all_well = self.all_well and not self._comm.agree(wrong)
+
+
+def show(line: Line) -> str:
+    """A line for people; the remedy on a line of its own."""
+    wrong, _, remedy = line.said.rpartition("; ")
+    said = line.said if line.ok or not wrong else f"{wrong}\n{'':17}→ {remedy}"
+    return f"{'✓' if line.ok else '✗'} {line.check:<14} {said}"
+
+
+def attempt(check: str, work: Callable[[], str]) -> Line:
+    """The line of a check that returns what it found or raises UserError."""
+    try:
+        return Line(check, True, work(), socket.gethostname())
+    except UserError as error:
+        return Line(check, False, str(error), socket.gethostname())
+
+
+def check_host(config: "RunConfig", flags: "Flags", world: "World") -> list[Line]:
+    """What the first rank of each host can see alone; nothing on the others."""
+    if world.local_rank:
+        return []
+    from launcher.machine import interface
+
+    checks: dict[str, Callable[[], str]] = {
+        "ranks": lambda: check_ranks(config, world),
+        "shards": lambda: check_shards(config),
+        "base": lambda: check_base(config),
+        "tokenizer": lambda: check_tokenizer(config),
+        "interface": interface,
+    }
+    if config.adapter and config.adapter.init:
+        checks["adapter.init"] = lambda: check_init(config)
+    if world.rank == 0:
+        checks["run_dir"] = lambda: check_run_dir(config, flags)
+    return [attempt(name, work) for name, work in checks.items()]
+
+
+def _merge(gathered: list[list[Line]] | None) -> list[Line]:
+    """One line a check out of all hosts'."""
+    lines = [line for of_rank in gathered or [] for line in of_rank]
+    out = []
+    for check in dict.fromkeys(line.check for line in lines):
+        same = [line for line in lines if line.check == check]
+        wrong = [line for line in same if not line.ok]
+        if wrong:
+            others = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            where = f"{wrong[0].host}{others}: " if len(same) > 1 else ""
+            out.append(replace(wrong[0], said=where + wrong[0].said))
+        elif check in _SAME_EVERYWHERE and len({line.said for line in same}) > 1:
+            other = next(line for line in same if line.said != same[0].said)
+            said = f"{same[0].host}: {same[0].said}, but {other.host}: {other.said}; make hosts alike"
+            out.append(Line(check, False, said))
+        else:
+            out.append(same[0])
+    return out
+
+
+def check_ranks(config: "RunConfig", world: "World") -> str:
+    """Whether batch, ranks and GPUs go together."""
+    import torch
+
+    from cogvlm_hpe.config import check_world
+
+    accumulation = check_world(config, world.size)
+    gpus = torch.cuda.device_count()
+    if gpus and world.local_size > gpus:
+        raise UserError(f"{world.local_size} ranks on a host of {gpus} GPUs; start one a GPU (--nproc, or sbatch's)")
+    devices = f"{gpus} GPUs, {torch.cuda.get_device_name()}" if gpus else "no GPU, gloo on the CPU"
+    return f"{world.size}, {world.local_size} a host ({devices}); {accumulation} micro-batches a step each"
+
+
+def check_shards(config: "RunConfig") -> str:
+    """Whether every set opens, has all of its tars in full size, and its first sample reads."""
+    from shards.index import open_set
+
+    samples = size = 0
+    paths = [entry.path for entry in config.shards.train] + [entry.path for entry in config.shards.val]
+    for path in dict.fromkeys(paths):
+        opened = open_set(path)
+        for number, entry in enumerate(opened.info["shards"]):
+            tar = opened.tar(number)
+            found = tar.stat().st_size if tar.is_file() else None
+            if found != entry["bytes"] and opened.remote is None:
+                said = "missing" if found is None else f"{found} bytes of {entry['bytes']}"
+                raise UserError(f"{tar}: {said}; copy the set again, or remove and build it")
+            size += entry["bytes"]
+        if not len(opened):
+            raise UserError(f"{path}: holds no sample; take it out of shards, or build it again")
+        opened.record(0)
+        samples += len(opened)
+        opened.close()
+    return f"{samples} images, {size / 1e9:.2f} GB"
+
+
+def check_base(config: "RunConfig") -> str:
+    """Whether the base has exactly its config's tensors; its fingerprint."""
+    from cogvlm_hpe.model.fingerprint import fingerprint
+    from cogvlm_hpe.model.load import DTYPES, check_tensors, empty_model, resolve_base
+    from cogvlm_hpe.model.weights import open_weights, read_config
+
+    base = resolve_base(config.model.base)
+    if config.model.random_init:
+        read_config(base)
+        return f"{base}: random weights"
+    weights = open_weights(base)
+    check_tensors(weights, empty_model(weights.config, DTYPES[config.model.dtype]))
+    return f"{base}: fingerprint {fingerprint(base)[:16]}"
+
+
+def check_tokenizer(config: "RunConfig") -> str:
+    """Whether there is one, of no more tokens than the model has rows."""
+    from cogvlm_hpe.model.load import resolve_base
+    from cogvlm_hpe.model.tokenizer import find_tokenizer, load_tokenizer, special_ids
+    from cogvlm_hpe.model.weights import read_config
+
+    base = resolve_base(config.model.base)
+    folder, rows = config.model.tokenizer or base, read_config(base).vocab_size
+    tokenizer = load_tokenizer(folder, rows)
+    special_ids(tokenizer)
+    return f"{find_tokenizer(folder)}: {tokenizer.get_vocab_size()} tokens for {rows} rows"
+
+
+def check_init(config: "RunConfig") -> str:
+    """Whether the adapter to start from is there and was made on this base."""
+    from cogvlm_hpe.model.fingerprint import fingerprint
+    from cogvlm_hpe.model.load import is_adapter, read_notes, resolve_base
+
+    folder = str(config.adapter.init if config.adapter else "")
+    if not is_adapter(folder):
+        raise UserError(f"adapter.init {folder}: no adapter there; name an adapter or checkpoint folder")
+    made_on = read_notes(folder).get("base_fingerprint")
+    if made_on not in (None, fingerprint(resolve_base(config.model.base))):
+        raise UserError(f"adapter.init {folder}: made on another base; start from an adapter of model.base")
+    return folder
+
+
+def check_run_dir(config: "RunConfig", flags: "Flags") -> str:
+    """Whether a start with these flags may write there."""
+    from cogvlm_hpe.train.setup import find_resume, refuse_changes
+    from launcher.comm import single
+
+    run_dir = Path(config.run_dir)
+    found = find_resume(run_dir, single(), flags.resume)
+    if found is not None and not flags.allow_change:
+        refuse_changes(run_dir, config)
+    folder = existing_parent(run_dir)
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another run_dir") from None
+    return f"{run_dir}: {f'goes on from {found.name}' if found else 'a new run'}"
+
+
+def existing_parent(path: Path) -> Path:
+    """`path`, or the nearest folder above it that is there."""
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
+def read_plan(config: "RunConfig", comm: "Comm") -> Needs:
+    """All ranks. The planner's numbers for this world, traced by rank 0."""
+    if comm.rank:
+        return comm.broadcast(Needs({}, 0, 0))
+    from cogvlm_hpe.model.load import resolve_base
+    from cogvlm_hpe.model.weights import read_config
+    from cogvlm_hpe.train.plan import plan, trace
+
+    traced = trace(config, read_config(resolve_base(config.model.base)), config.shards.questions, _TEXT_TOKENS)
+    each = 2 if config.model.dtype == "bf16" else 4
+    return comm.broadcast(Needs(plan(config, traced, comm.size).memory, traced.trained, each * traced.trained))
+
+
+def check_needs(config: "RunConfig", needs: Needs, comm: "Comm", gpu_memory_gb: float | None) -> list[Line]:
+    """All ranks. Room on the disk for the checkpoints, and in the GPUs where there are some or a size is given."""
+    import torch
+
+    lines = [attempt("disk", lambda: check_disk(Path(config.run_dir), needs.trained, config.train.keep))]
+    free_gb = torch.cuda.mem_get_info()[0] / 1e9 if torch.cuda.is_available() else math.inf
+    free_gb = -comm.max(-free_gb) if gpu_memory_gb is None else gpu_memory_gb
+    if free_gb < math.inf:
+        lines.append(attempt("GPU memory", lambda: check_memory(needs.memory, free_gb)))
+    return lines
+
+
+def check_disk(run_dir: Path, trained: int, keep: int) -> str:
+    """Whether `keep` checkpoints, the best one and one being written have room: float32 weights and two moments."""
+    need = (keep + 2) * 12 * trained
+    free = shutil.disk_usage(existing_parent(run_dir)).free
+    said = f"{run_dir}: {keep + 2} checkpoints of {12 * trained / 1e6:.0f} MB"
+    if need > free:
+        raise UserError(f"{said} and {free / 1e9:.1f} GB free; make room, lower train.keep, or choose another run_dir")
+    return f"{said}, {free / 1e9:.1f} GB free"
+
+
+def check_memory(memory: dict[str, float], free_gb: float) -> str:
+    """Whether the planned memory of a rank, bytes by part, is free."""
+    need_gb = sum(memory.values()) / 1e9
+    largest = max(memory, key=lambda part: memory[part])
+    said = f"{need_gb:.1f} GB by plan, most of it {largest} ({memory[largest] / 1e9:.1f}), {free_gb:.1f} free"
+    if need_gb > free_gb:
+        raise UserError(
+            f"{said}; lower train.micro_batch, set train.gradient_checkpointing, or take train.zero_stage 3"
+        )
+    return said
+
+
+def check_network(needs: Needs | None, comm: "Comm") -> list[Line]:
+    """All ranks. A timed sum over ranks, and how far the clocks are apart."""
+    if comm.size == 1:
+        return []
+    rate = _PROBE_BYTES / comm.time_sum(_PROBE_BYTES)
+    said = f"{_PROBE_BYTES >> 20} MiB over {comm.size} ranks at {rate / 1e9:.2f} GB/s"
+    if needs is not None:
+        said += f": a step's gradients ({needs.gradient_bytes / 1e6:.0f} MB) take {needs.gradient_bytes / rate:.2g} s"
+    comm.barrier()
+    now_s = time.time()
+    skew_s = comm.max(now_s) + comm.max(-now_s)
+    return [Line("all-reduce", True, said), attempt("clocks", lambda: check_clocks(skew_s))]
+
+
+def check_clocks(skew_s: float) -> str:
+    """Whether hosts agree on the time."""
+    if skew_s > _SKEW_S:
+        raise UserError(f"{skew_s:.1f} s apart; set the hosts' clocks (chronyd, ntpd)")
+    return f"at most {skew_s:.2f} s apart"
+
+
+def one_step(config: "RunConfig", world: "World", comm: "Comm") -> tuple[Line, float]:
+    """All ranks. Two real steps and their checkpoint beside run_dir, removed again; seconds of the second step.
+
+    Raises UserError for what would end the real run too.
+    """
+    from cogvlm_hpe.train.loop import run_loop
+    from cogvlm_hpe.train.setup import setup
+    from launcher.supervise import StopFlag
+
+    run_dir = Path(config.run_dir).absolute()
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    folder = comm.broadcast(Path(f"{run_dir.parent}/.{run_dir.name}.preflight-{time.time_ns():x}"))
+    short = replace(
+        config.train, max_steps=2, warmup_steps=1, stop_after=None, evaluate_every=0, log_every=1, profile=False
+    )
+    try:
+        run = setup(replace(config, run_dir=str(folder), train=short), world, comm, resume=False, allow_change=False)
+        if run_loop(run, StopFlag()):
+            raise UserError("stopped on request before the two steps were done; run preflight again")
+        run.monitor.close()
+        values: dict[str, Any] = comm.broadcast(_last_metrics(folder) if comm.rank == 0 else {})
+    finally:
+        if comm.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+    step_s = config.shards.batch / values["train/images_per_s"]
+    said = f"2 steps and a checkpoint: loss {values['train/loss']:.4f}, {step_s:.2f} s a step"
+    return Line("two steps", True, f"{said}, {values['train/memory_gb']:.1f} GB a rank"), step_s
+
+
+def _last_metrics(folder: Path) -> dict[str, Any]:
+    import json
+
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return [values for values in lines if "train/loss" in values][-1]
+
+
+def check_wall_time(config: "RunConfig", step_s: float | None) -> str:
+    """Whether the job's time is enough for a checkpoint, and how many such jobs the run takes."""
+    from cogvlm_hpe.train.checkpoint import newest
+    from launcher.machine import wall_time_left_s
+
+    found = newest(Path(config.run_dir))
+    done = int(found.name.removeprefix("step-")) if found else 0
+    return judge_wall_time(wall_time_left_s(), config.train.max_steps - done, config.train.save_every, step_s)
+
+
+def judge_wall_time(left_s: float | None, steps: int, save_every: int, step_s: float | None) -> str:
+    """Time left against `steps`. Raises UserError where it ends before the next checkpoint."""
+    from launcher.progress import clock
+
+    if left_s is None:
+        return "no limit" if step_s is None else f"no limit; {steps} steps take {clock(steps * step_s)}"
+    if step_s is None:
+        return f"{clock(left_s)} left; --deep says what that is in steps"
+    if min(steps, save_every) * step_s > left_s:
+        raise UserError(
+            f"{clock(left_s)} left, {save_every} steps take {clock(save_every * step_s)}; "
+            "ask for more --time, or lower train.save_every"
+        )
+    times = math.ceil(steps * step_s / left_s)
+    return f"{clock(left_s)} left, {steps} steps take {clock(steps * step_s)}: {times} such jobs"

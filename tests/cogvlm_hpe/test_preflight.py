@@ -1,0 +1,143 @@
+"""What is found before a run starts: each check on what it must refuse, and the whole table on real ranks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny_source import TinySource
+
+from cogvlm_hpe import preflight
+from cogvlm_hpe.config import RunConfig
+from cogvlm_hpe.preflight import Line, attempt
+from cogvlm_hpe.train.command import Flags, parse
+from launcher.comm import single
+from launcher.errors import UserError
+from shards.write import build
+
+NEW = Flags(resume=False, allow_change=False, check=False, print_trainable=False)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a shard set and a config of the packaged base."""
+    folder = tmp_path_factory.mktemp("preflight")
+    build(TinySource(samples=16), folder / "set", single(), 8)
+    config = {
+        "run_dir": str(folder / "run"),
+        "model": {"base": "tiny", "dtype": "fp32"},
+        "adapter": {"rank": 4, "alpha": 8, "scope": "text"},
+        "shards": {"train": [{"path": str(folder / "set")}], "batch": 4},
+        "train": {"max_steps": 100, "warmup_steps": 1, "micro_batch": 1},
+    }
+    (folder / "lora.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def config_of(place: Path, *more: str) -> RunConfig:
+    return parse(["--config", str(place / "lora.yaml"), *more])[0]
+
+
+def start(*words: str) -> "subprocess.CompletedProcess[str]":
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, env=env, timeout=540)
+
+
+def test_a_good_host_passes(place: Path) -> None:
+    config = config_of(place)
+    lines = [attempt(f.__name__, lambda f=f: f(config)) for f in (preflight.check_base, preflight.check_tokenizer)]
+    lines += [attempt("shards", lambda: preflight.check_shards(config))]
+    lines += [attempt("run_dir", lambda: preflight.check_run_dir(config, NEW))]
+    assert all(line.ok for line in lines), lines
+    assert "16 images" in lines[2].said and "a new run" in lines[3].said
+
+
+def test_a_shard_that_is_missing_or_cut_is_named(place: Path, tmp_path: Path) -> None:
+    build(TinySource(samples=16), tmp_path / "set", single(), 8)
+    config = config_of(place, "--shards.train", json.dumps([{"path": str(tmp_path / "set")}]))
+    first, second = sorted((tmp_path / "set").glob("*.tar"))
+    os.truncate(second, 100)
+    with pytest.raises(UserError, match=rf"{second}: 100 bytes of \d+; copy the set again"):
+        preflight.check_shards(config)
+    first.unlink()
+    with pytest.raises(UserError, match=f"{first}: missing"):
+        preflight.check_shards(config)
+
+
+def test_an_adapter_of_another_base_is_refused(place: Path, tmp_path: Path) -> None:
+    config = config_of(place, "--adapter.init", str(tmp_path))
+    with pytest.raises(UserError, match="no adapter there"):
+        preflight.check_init(config)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "hpe.json").write_text('{"base_fingerprint": "another"}')
+    with pytest.raises(UserError, match="made on another base"):
+        preflight.check_init(config)
+
+
+def test_a_run_that_is_there_already_wants_resume(place: Path, tmp_path: Path) -> None:
+    config = config_of(place, "--run_dir", str(tmp_path))
+    saved = tmp_path / "checkpoints" / "step-00000008"
+    saved.mkdir(parents=True)
+    (saved / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match="--resume"):
+        preflight.check_run_dir(config, NEW)
+    resumed = Flags(resume=True, allow_change=False, check=False, print_trainable=False)
+    assert "goes on from step-00000008" in preflight.check_run_dir(config, resumed)
+
+
+def test_disk_and_memory_are_compared_with_what_is_free(tmp_path: Path) -> None:
+    assert "5 checkpoints of 12 MB" in preflight.check_disk(tmp_path / "deep" / "run", 10**6, keep=3)
+    with pytest.raises(UserError, match="make room"):
+        preflight.check_disk(tmp_path, 10**18, keep=3)
+    memory = {"weights": 35e9, "reserved": 3e9}
+    assert "38.0 GB by plan, most of it weights (35.0), 80.0 free" in preflight.check_memory(memory, 80.0)
+    with pytest.raises(UserError, match="lower train.micro_batch"):
+        preflight.check_memory(memory, 24.0)
+
+
+def test_clocks() -> None:
+    assert "0.50 s" in preflight.check_clocks(0.5)
+    with pytest.raises(UserError, match="set the hosts' clocks"):
+        preflight.check_clocks(5.0)
+
+
+def test_wall_time() -> None:
+    assert preflight.judge_wall_time(None, 100, 10, None) == "no limit"
+    assert "--deep" in preflight.judge_wall_time(3600, 100, 10, None)
+    assert "1:00:00 left, 5000 steps take 2:46:40: 3 such jobs" in preflight.judge_wall_time(3600, 5000, 200, 2.0)
+    assert preflight.judge_wall_time(100, 10, 200, 2.0).endswith("1 such jobs"), "fewer steps left than save_every"
+    with pytest.raises(UserError, match=r"ask for more --time, or lower train.save_every"):
+        preflight.judge_wall_time(300, 5000, 200, 2.0)
+
+
+def test_hosts_are_merged_into_one_line_a_check() -> None:
+    good = Line("base", True, "fingerprint a", "n1")
+    assert preflight._merge([[good], [], [Line("base", True, "fingerprint a", "n2")]]) == [good]
+    (unlike,) = preflight._merge([[good], [Line("base", True, "fingerprint b", "n2")]])
+    assert not unlike.ok and "n1: fingerprint a, but n2: fingerprint b" in unlike.said
+    (wrong,) = preflight._merge([[good], [Line("base", False, "no base; name it", "n2")]])
+    assert preflight.show(wrong) == f"✗ base           n2: no base\n{'':17}→ name it"
+
+
+@pytest.mark.slow
+def test_a_doomed_run_is_refused_with_the_remedy(place: Path) -> None:
+    words = ["--run_dir", str(place / "doomed"), "--shards.train", json.dumps([{"path": str(place / "none")}])]
+    done = start("cogvlm_hpe", "preflight", "--config", str(place / "lora.yaml"), *words)
+    assert done.returncode == 1, done.stderr
+    assert "✗ shards" in done.stdout and "→ build a set" in done.stdout and "✓ base" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert not (place / "doomed").exists()
+
+
+@pytest.mark.slow
+def test_two_ranks_take_two_real_steps_and_leave_nothing(place: Path) -> None:
+    words = ["--nproc", "2", "--threads", "1", "--deep", "--gpu-memory", "80", "--run-dir", str(place / "new" / "run")]
+    done = start("launcher", "preflight", str(place / "lora.yaml"), *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for check in ("ranks", "base", "disk", "GPU memory", "all-reduce", "clocks", "two steps", "wall time"):
+        assert f"✓ {check} " in done.stdout, done.stdout
+    assert "✗" not in done.stdout
+    assert list((place / "new").iterdir()) == []

@@ -1,0 +1,39 @@
+"""What the machine says of itself."""
+
+import socket
+from datetime import datetime
+
+import pytest
+
+from launcher import machine
+from launcher.errors import UserError
+
+HAVE = [name for _, name in socket.if_nameindex()]
+
+
+def test_an_interface_of_this_machine_is_named() -> None:
+    assert machine.interface({})
+    assert machine.interface({"NCCL_SOCKET_IFNAME": HAVE[0]}) == f"{HAVE[0]} (NCCL_SOCKET_IFNAME)"
+    assert "^lo" in machine.interface({"NCCL_SOCKET_IFNAME": "^lo"})
+
+
+def test_an_interface_that_is_not_there_is_refused() -> None:
+    with pytest.raises(UserError, match=f"GLOO_SOCKET_IFNAME=ib77: .* has only {HAVE[0]}"):
+        machine.interface({"GLOO_SOCKET_IFNAME": "ib77"})
+
+
+def test_a_loopback_address_is_no_way_to_other_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.gethostbyname", lambda name: "127.0.1.1")
+    machine.check_reachable(False, {})
+    machine.check_reachable(True, {"GLOO_SOCKET_IFNAME": "eth0"})
+    with pytest.raises(UserError, match="resolves to 127.0.1.1.*mend /etc/hosts"):
+        machine.check_reachable(True, {})
+
+
+def test_the_end_of_a_job() -> None:
+    assert machine.wall_time_left_s({}) is None
+    assert machine.wall_time_left_s({"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": "1500"}, 1000.0) == 500.0
+    end_s = datetime(2026, 5, 1, 12, 0).timestamp()
+    said = "JobId=7 TimeLimit=1-00:00:00 StartTime=2026-04-30T12:00:00 EndTime=2026-05-01T12:00:00 Partition=main"
+    assert machine.end_of_job_s(said, end_s - 90) == 90.0
+    assert machine.end_of_job_s("JobId=7 EndTime=Unknown") is None
