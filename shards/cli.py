@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.errors import UsageError, run_main
+from shards import plans
 
 if TYPE_CHECKING:
     from launcher.comm import Comm
@@ -23,6 +24,7 @@ _EXAMPLES = """examples:
   hpe-shards verify data/a-train data/b-test     also finds subjects that both share
   hpe-shards preview data/a-train --count 12 --out a-train.png
   hpe-shards order data/a-train:0.9 data/b-train:0.1 --seed 1 --batch 64 --from 100 --count 2
+  hpe-shards simulate 100000000 --batch 4096 --world 512 --workers 8 --lose-at 9000 --world-after 256
 
 Under mpirun or srun, build and verify share the work over the ranks; the result does not depend on their number.
 Exit codes: 0 done, 1 failure or findings, 2 a command line that cannot be meant."""
@@ -50,7 +52,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_verify(commands)
     _add_info(commands)
     _add_preview(commands)
-    _add_order(commands)
+    plans.add_order(commands)
+    plans.add_simulate(commands)
     _add_fixture(commands)
     return parser
 
@@ -222,54 +225,6 @@ def _preview(options: argparse.Namespace) -> int:
         shown = preview(open_set(options.set), options.count, out)
         print(f"{out}: {shown} samples")
     return 0
-
-
-def _add_order(commands: "Commands") -> None:
-    text = (
-        "Print the keys of global batches, one line a batch, read by W ranks with K worker processes each as in "
-        "training (images are not decoded). The lines do not depend on W and K."
-    )
-    command = commands.add_parser("order", help="which samples come when", description=text)
-    command.add_argument("sets", nargs="+", metavar="DIR[:RATIO]", help="shard sets and their shares of the mix (1)")
-    command.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the shuffle (default: 0)")
-    command.add_argument("--batch", type=int, default=16, metavar="B", help="images in a global batch (default: 16)")
-    command.add_argument("--from", type=int, default=0, dest="start", metavar="N", help="first batch (default: 0)")
-    command.add_argument("--count", type=int, default=10, metavar="C", help="how many batches (default: 10)")
-    command.add_argument("--world", type=int, default=1, metavar="W", help="ranks (default: 1)")
-    command.add_argument("--workers", type=int, default=0, metavar="K", help="reader processes a rank (default: 0)")
-    command.set_defaults(run=_order)
-
-
-def _order(options: argparse.Namespace) -> int:
-    from shards.index import open_set
-    from shards.plan import Plan
-    from shards.stream import Stream
-
-    for name, least in (("start", 0), ("count", 0), ("world", 1), ("workers", 0)):
-        if getattr(options, name) < least:
-            flag = "from" if name == "start" else name
-            raise UsageError(f"--{flag} {getattr(options, name)}: must be at least {least}")
-    if _first_rank() is None:
-        return 0
-    paths, ratios = zip(*map(set_and_ratio, options.sets), strict=True)
-    sets = [open_set(path) for path in paths]
-    plan = Plan([len(shard_set) for shard_set in sets], ratios, options.seed, options.batch)
-    ranks = range(options.world)
-    streams = [Stream(sets, plan, r, options.world, None, options.start, options.workers) for r in ranks]
-    for _, *shares in zip(range(options.count), *streams, strict=False):
-        print(" ".join(item.key for _, items in shares for item in items))
-    return 0
-
-
-def set_and_ratio(text: str) -> tuple[Path, float]:
-    """`DIR` or `DIR:RATIO` to a folder and its ratio (1 if none is given). Raises UsageError."""
-    path, colon, ratio = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return Path(text), 1.0
-    try:
-        return Path(path), float(ratio)
-    except ValueError:
-        raise UsageError(f"{text!r}: expected DIR or DIR:RATIO with a number") from None
 
 
 def _add_fixture(commands: "Commands") -> None:

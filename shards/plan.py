@@ -124,6 +124,15 @@ class Plan:
         share = rank_share(whole, rank, size)
         return _slots(self._window(window)[:, np.array(share)])
 
+    def batches(self, first: int, last: int) -> Ints:
+        """(4, (last - first) · B) set, sample, epoch and position of global batches [first, last), in order."""
+        if not self.bucket_batches:
+            return self.draws(np.arange(first * self.batch, last * self.batch))
+        whole = range(first // self.bucket_batches, -(-last // self.bucket_batches))
+        before = (first - whole.start * self.bucket_batches) * self.batch
+        rows = np.concatenate([self._window(window) for window in whole], axis=1)
+        return rows[:, before : before + (last - first) * self.batch]
+
     def draws(self, positions: Sequence[int] | Ints) -> Ints:
         """(4, P) set, sample, epoch and position of the given positions of the stream, before any bucketing."""
         positions = np.asarray(positions, np.int64)

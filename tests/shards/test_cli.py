@@ -11,8 +11,9 @@ import pytest
 from tiny_source import TinySource
 
 from shards import sources
-from shards.cli import main, set_and_ratio
+from shards.cli import main
 from shards.index import open_set
+from shards.plans import set_and_ratio
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,7 +36,7 @@ def tiny_command(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["build"], ["build", "synthetic"], ["verify"], ["info"], ["preview"], ["order"]]
+    "command", [[], ["build"], ["build", "synthetic"], ["verify"], ["info"], ["preview"], ["order"], ["simulate"]]
 )
 def test_help_imports_nothing_heavy(command: list[str]) -> None:
     heavy = ("torch", "numpy", "scipy", "rich", "PIL", "webdataset", "mpi4py", "numba")
@@ -159,6 +160,28 @@ def test_folders_with_and_without_ratio(tmp_path: Path) -> None:
     assert set_and_ratio("data/a") == (Path("data/a"), 1.0)
     assert set_and_ratio(str(odd)) == (odd, 1.0)
     assert set_and_ratio(f"{odd}:2") == (odd, 2.0)
+    assert set_and_ratio("http://host/set") == ("http://host/set", 1.0)
+    assert set_and_ratio("http://host:8000") == ("http://host:8000", 1.0)
+    assert set_and_ratio("http://host:8000/set:0.1") == ("http://host:8000/set", 0.1)
+    assert set_and_ratio("pipe:cat /a/{}") == ("pipe:cat /a/{}", 1.0)
+    assert set_and_ratio("pipe:cat /a/{}:3") == ("pipe:cat /a/{}", 3.0)
+
+
+@pytest.mark.slow
+def test_simulate_says_what_a_lost_node_does(tiny_set: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    ranks = ["--world", "512", "--workers", "8", "--lose-at", "100", "--world-after", "448", "--save-every", "30"]
+    assert main(["simulate", "1000000:0.9", "100000:0.1", "--batch", "7168", *ranks]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "1,100,000 samples, batches of 7,168: 156 steps an epoch of the largest set"
+    assert said[1].startswith("start 1: steps 0 to 100 on 512 ranks x 8 workers: 14 images a rank and step, 12 to 13 ")
+    assert said[2].startswith("start 2: steps 90 to 156 on 448 ranks x 8 workers: 16 images a rank and step, 8 to 9 ")
+    assert said[3] == "lost with the node and done again, with the same samples: 10 steps"
+    assert "set 0: epoch 0: 1,000,000 of 1,000,000, epoch 1: " in said[4] and "% of the 333,334 of a full" in said[4]
+    assert said[-1] == "no sample came twice or was left out"
+    assert main(["simulate", str(tiny_set(samples=40)), "--batch", "4", "--world", "2", "--bucket-batches", "2"]) == 0
+    assert "heads of the fullest rank 1." in capsys.readouterr().out
+    assert main(["simulate", "1000", "--batch", "7168", "--world", "504"]) == 2
+    assert "batch 7168: must be a multiple of the 504 ranks; take 7056 or 7560" in capsys.readouterr().err
 
 
 @pytest.mark.slow
