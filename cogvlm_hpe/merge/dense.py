@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cogvlm_hpe.merge.methods import Changes, Merged, check_finite
+from cogvlm_hpe.merge.methods import Changes, LowRank, Merged, check_finite
 from cogvlm_hpe.merge.settings import Settings
 from cogvlm_hpe.model import convert, sat
 from cogvlm_hpe.model.pickled import save_entries
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _RECIPE = "recipe.json"
 _LOSSES = ".losses.json"
+_SAMPLED_ROWS = 64
 
 
 class TunedWeights:
@@ -60,11 +61,11 @@ class TunedWeights:
             check_finite(name, weight)
             return weight
         change = self._changes.change(layer)
-        size = float(change.square().sum(dtype=torch.float64))
+        size = _squares(change)
         exact = change.to(torch.promote_types(torch.float32, weight.dtype)).add_(weight)
         check_finite(name, exact)
         rounded = exact.to(weight.dtype)
-        lost = float(exact.sub_(rounded).square().sum(dtype=torch.float64)) if rounded is not exact else 0.0
+        lost = _squares(exact.sub_(rounded)) if rounded is not exact else 0.0
         self.losses[layer] = float(f"{(lost / size) ** 0.5:.4g}") if size else 0.0
         return rounded
 
@@ -75,6 +76,36 @@ class TunedWeights:
     def forget(self, name: str) -> None:
         """Of the base."""
         self._base.forget(name)
+
+
+def expected_losses(base: Weights, changes: LowRank) -> dict[str, float]:
+    """Layer → ‖rounding error‖ / ‖change‖ on some rows of it: what writing would lose, known before it."""
+    out = {}
+    for layer, factor in sorted(changes.factors.items()):
+        n_out, n_in = len(factor.b), factor.a.shape[1]
+        first = max(0, n_out - _SAMPLED_ROWS) // 2
+        last = min(n_out, first + _SAMPLED_ROWS)
+        rows = base.flat(f"{layer}.weight", first * n_in, last * n_in).reshape(-1, n_in)
+        change = (factor.b[first:last].double() @ factor.a.double()).mul_(factor.scale)
+        size, exact = _squares(change), change.add_(rows)
+        out[layer] = (_squares(exact.sub_(exact.to(rows.dtype))) / size) ** 0.5 if size else 0.0
+    return out
+
+
+def _foretell(base: Weights, changes: Changes) -> None:
+    losses = expected_losses(base, changes) if isinstance(changes, LowRank) else {}
+    if losses:
+        worst, typical = max(losses, key=lambda layer: losses[layer]), sorted(losses.values())[len(losses) // 2]
+        print(
+            f"rounding will lose about {typical:.1%} of a layer's change (median), {losses[worst]:.1%} of {worst}; "
+            "an adapter (--output adapter) loses nothing",
+            flush=True,
+        )
+
+
+def _squares(matrix: Tensor) -> float:
+    """Sum of squares: float32 within a row, float64 over the rows; the same bits for any number of threads."""
+    return float(torch.linalg.vector_norm(matrix, dim=1).double().square().sum())
 
 
 Job = Callable[[Path, Callable[[], None]], None]
@@ -101,6 +132,7 @@ def write(
     form = _sat_form(weights, settings.mp) if settings.output == "sat" else _hf_form(weights, settings.max_shard_gb)
     unfinished = settings.out.with_name(f".{settings.out.name}.unfinished")
     if comm.rank == 0:
+        _foretell(base, merged.changes)
         _begin(unfinished, merged.record | {"output": settings.output, "files": list(form.files)}, weights)
     comm.barrier()
     mine = list(form.files.items())[comm.rank :: comm.size]

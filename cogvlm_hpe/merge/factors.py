@@ -134,9 +134,11 @@ def _factor(path: Path, name: str, a: torch.Tensor, b: torch.Tensor, config: Map
 
 
 def _pattern(config: Mapping[str, Any], key: str, name: str, default: Any) -> Any:
+    pattern = config.get(key) or {}
+    if not pattern:
+        return default
     from peft.utils.other import get_pattern_key  # peft's own rule, so that both read a pattern alike
 
-    pattern = config.get(key) or {}
     return pattern.get(get_pattern_key(list(pattern), name), default)
 
 

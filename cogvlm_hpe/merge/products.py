@@ -14,7 +14,7 @@ from cogvlm_hpe.merge.factors import Factor, Factors
 from launcher.progress import track
 
 _READ_ELEMENTS = 2**23  # 16 MiB of bf16: one piece of work
-_STEP_ELEMENTS = 2**19  # 4 MiB of float64: fits a core's share of the cache
+_STEP_ELEMENTS = 2**17  # 1 MiB of float64: fits a core's own cache
 
 
 @dataclass(frozen=True)
@@ -101,18 +101,18 @@ def _pieces(factors: Factors) -> Iterator[tuple[str, int, int]]:
 def piece(rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
     """⟨W, W⟩ and ⟨W, BA⟩ of some rows: W (k, n_in) of any type, A (r, n_in), B (k, r) float64.
 
-    ⟨W, BA⟩ is the sum of (W·Aᵀ) ∘ B: per element of W, r multiplications and one conversion, in the cache.
+    ⟨W, BA⟩ = ⟨BᵀW, A⟩: per element of W, r multiplications and one conversion, in the cache.
     """
     step = max(1, _STEP_ELEMENTS // rows.shape[1])
     wide = torch.empty(min(step, len(rows)), rows.shape[1], dtype=torch.float64)
-    squares = cross = 0.0
+    columns, squares = torch.zeros_like(a), 0.0
     for start in range(0, len(rows), step):
         part = rows[start : start + step]
         block = wide[: len(part)].copy_(part)
         flat = block.view(-1)
         squares += float(torch.dot(flat, flat))
-        cross += float((block @ a.T).mul_(b[start : start + step]).sum())
-    return squares, cross
+        columns.addmm_(b[start : start + step].T, block)
+    return squares, float(columns.mul_(a).sum())
 
 
 @contextmanager

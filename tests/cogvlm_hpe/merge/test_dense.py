@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_model import write_tiny_model
 
 from cogvlm_hpe.merge import dense, factors
+from cogvlm_hpe.merge.methods import LowRank
 from cogvlm_hpe.model.load import load
 from cogvlm_hpe.model.weights import open_weights
 from launcher.errors import UsageError, UserError
@@ -77,6 +78,20 @@ def test_weights_are_the_sum_rounded_once(tmp_path: Path, base: Path, pair: list
     hpe = json.loads((out / "hpe.json").read_text())
     assert hpe["scope"] == "all" and hpe["answer_format"] == "offset" and "base_fingerprint" not in hpe
     assert "| lost by rounding |" in (out / "merge.md").read_text()
+
+
+def test_the_loss_of_rounding_is_told_before_it_happens(
+    tmp_path: Path, base: Path, pair: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = LowRank(factors.read_adapter(pair[0]).factors)
+    expected = dense.expected_losses(open_weights(base), changes)
+    out = merge(base, pair[:1], tmp_path / "out", "--method", "cat", "--output", "hf")
+    rows = json.loads((out / "merge.json").read_text())["layers"]
+    assert len(rows) == len(expected) == 6
+    for row in rows:
+        assert expected[row["layer"]] == pytest.approx(row["lost_by_rounding"], rel=0.1)
+    said = capsys.readouterr().out
+    assert f"{max(expected.values()):.1%} of model.layers" in said and said.index("rounding will") < said.index("wrote")
 
 
 def test_elements_wise_weights_equal_those_of_the_exact_adapter(tmp_path: Path, pair: list[Path], base: Path) -> None:

@@ -1,0 +1,270 @@
+"""The merge job beside mergekit and peft, on one checkpoint of random weights: wall, CPU seconds, peak memory.
+
+python benchmarks/merge.py [--layers 8] [--folder DIR] [--mergekit DIR]
+
+Writes a CogVLM of about 1 B weights in bf16, two LoRA (r 16, every linear layer of both experts) and, for mergekit,
+both tuned models as dense weights (7 GB of disk; removed again). Every row is a process of its own; `start` is one that
+only imports. Files are in the page cache except where it says cold. Peak is the kernel's largest resident set, mapped
+files and all. mergekit works in float32 as we do and is given the baked models; the time to bake them is not counted.
+It is not among this project's requirements: pip install --no-deps --target DIR mergekit==0.1.5 immutables
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+SHARD_GB = 0.3
+MERGEKIT_SHARD = "150M"  # parameters: as many bytes
+DENSITY = 0.2
+
+
+@dataclass(frozen=True)
+class Used:
+    """What one process used."""
+
+    wall_s: float
+    cpu_s: float
+    peak_gb: float
+
+
+def measure(command: list[str], paths: list[str] | None = None) -> Used:
+    """Run one process. This one stays small: a child's peak begins with its parent's."""
+    log, log_name = tempfile.mkstemp()
+    os.unlink(log_name)
+    environment = os.environ | {"PYTHONPATH": ":".join([*(paths or []), os.getcwd()])}
+    start_s = time.perf_counter()
+    child = os.posix_spawn(
+        command[0], command, environment,
+        file_actions=[(os.POSIX_SPAWN_DUP2, log, 1), (os.POSIX_SPAWN_DUP2, log, 2)],
+    )  # fmt: skip
+    _, status, usage = os.wait4(child, 0)
+    wall_s = time.perf_counter() - start_s
+    if status:
+        sys.exit(f"{' '.join(command)}\n{os.pread(log, 10**6, 0).decode()[-3000:]}")
+    os.close(log)
+    return Used(wall_s, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9)
+
+
+def python(code: str, *words: str, paths: list[str] | None = None) -> Used:
+    """Run a piece of Python."""
+    return measure([sys.executable, "-c", code, *words], paths)
+
+
+MAKE = """
+import sys, json, torch
+from pathlib import Path
+from safetensors.torch import save_file
+from cogvlm_hpe.model.configuration import CogVLMConfig
+from cogvlm_hpe.model.load import empty_model
+from cogvlm_hpe.train.adapter import TARGETS, target_modules
+folder, layers = Path(sys.argv[1]), int(sys.argv[2])
+vision = {"hidden_size": 1024, "num_hidden_layers": 2, "intermediate_size": 4096}
+config = CogVLMConfig(hidden_size=2048, intermediate_size=5504, num_hidden_layers=layers, vision_config=vision)
+model = empty_model(config, torch.bfloat16)
+generator = torch.Generator().manual_seed(0)
+make = lambda *shape: torch.randn(*shape, generator=generator)
+named = {name: tuple(p.shape) for name, p in model.state_dict().items() if "inv_freq" not in name}
+(folder / "base").mkdir()
+tensors = {name: make(*shape).mul_(0.02).bfloat16() for name, shape in named.items()}
+save_file(tensors, folder / "base/model.safetensors")
+config.architectures = ["CogVLMForCausalLM"]
+config.save_pretrained(folder / "base")
+targets = target_modules(model, ["language.attention", "language.mlp", "vision.attention", "vision.mlp"])
+for n in (0, 1):
+    tensors = {}
+    for name in targets:
+        n_out, n_in = named[name + ".weight"]
+        tensors[f"base_model.model.{name}.lora_A.weight"] = make(16, n_in) * 0.02
+        tensors[f"base_model.model.{name}.lora_B.weight"] = make(n_out, 16) * 0.02
+    where = folder / f"lora-{n}"
+    where.mkdir()
+    save_file(tensors, where / "adapter_model.safetensors")
+    said = {"peft_type": "LORA", "task_type": None, "r": 16, "lora_alpha": 16, "target_modules": targets,
+            "base_model_name_or_path": str(folder / "base"), "inference_mode": True}
+    (where / "adapter_config.json").write_text(json.dumps(said))
+adapted = sum(named[name + ".weight"][0] * named[name + ".weight"][1] for name in targets)
+total = sum(torch.Size(shape).numel() for shape in named.values())
+(folder / "sizes.json").write_text(json.dumps({"total": total, "adapted": adapted}))
+"""
+
+PASS = """
+import json, os, sys, time, torch
+from pathlib import Path
+import mmap
+from concurrent.futures import ThreadPoolExecutor
+from cogvlm_hpe.merge.base import Base
+from cogvlm_hpe.merge.factors import read_adapter
+from cogvlm_hpe.merge import products
+folder = Path(sys.argv[1])
+base, adapter = Base(folder / "base"), read_adapter(folder / "lora-0")
+file = folder / "base/model.safetensors"
+def drop():
+    handle = os.open(file, os.O_RDONLY)
+    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(handle)
+def read():
+    block = bytearray(2**24)
+    with open(file, "rb", buffering=0) as stream:
+        while stream.readinto(block):
+            pass
+def squares(rows):
+    wide = torch.empty(256, rows.shape[1], dtype=torch.float64)
+    for start in range(0, len(rows), 256):
+        part = rows[start:start + 256]
+        flat = wide[:len(part)].copy_(part).view(-1)
+        torch.dot(flat, flat)
+def float64_pass():
+    with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        list(pool.map(squares, [base.weights.read(f"{name}.weight") for name in sorted(adapter.factors)]))
+def layerwise():
+    products.base_and_tuned(base, adapter.factors)
+def timed(job):
+    start_s, cpu_s = time.perf_counter(), time.process_time()
+    job()
+    return time.perf_counter() - start_s, time.process_time() - cpu_s
+out = {"cold read": [], "float64 pass": [], "layerwise, warm": [], "layerwise, cold": []}
+for _ in range(3):
+    drop()
+    out["cold read"].append(timed(read))
+    out["float64 pass"].append(timed(float64_pass))
+    out["layerwise, warm"].append(timed(layerwise))
+    drop()
+    out["layerwise, cold"].append(timed(layerwise))
+(folder / "pass.json").write_text(json.dumps(out))
+"""
+
+PEFT = """
+import sys, torch
+from pathlib import Path
+from peft import PeftModel
+from cogvlm_hpe.model.modeling import CogVLMForCausalLM
+folder = Path(sys.argv[1])
+model = CogVLMForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
+model = PeftModel.from_pretrained(model, folder / "lora-0").merge_and_unload()
+model.save_pretrained(folder / "out", max_shard_size="300MB")
+"""
+
+MERGEKIT = "import sys; from mergekit.scripts.merge_raw_pytorch import main; main(sys.argv[1:])"
+START = "import cogvlm_hpe.merge.writer, cogvlm_hpe.model.load, matplotlib.pyplot"
+
+
+def ours(folder: Path, adapters: int, *flags: str) -> Used:
+    """Our command, output removed again."""
+    words = [word for n in range(adapters) for word in ("--adapter", str(folder / f"lora-{n}"))]
+    base = ["-m", "cogvlm_hpe", "merge", "--base", str(folder / "base"), "--out", str(folder / "out")]
+    used = measure([sys.executable, *base, *words, *flags])
+    shutil.rmtree(folder / "out")
+    return used
+
+
+def dense(folder: Path, adapters: int, *flags: str) -> Used:
+    """Our command with whole weights as output."""
+    return ours(folder, adapters, *flags, "--output", "hf", "--max-shard-gb", str(SHARD_GB))
+
+
+def bake(folder: Path) -> None:
+    """The tuned models as mergekit wants them: one file each."""
+    for n in (0, 1):
+        words = ["--adapter", str(folder / f"lora-{n}"), "--base", str(folder / "base"), "--method", "cat"]
+        words += ["--output", "hf", "--max-shard-gb", "99", "--out", str(folder / f"tuned-{n}")]
+        measure([sys.executable, "-m", "cogvlm_hpe", "merge", *words])
+        drop_rotary(folder / f"tuned-{n}")
+
+
+def drop_rotary(folder: Path) -> None:
+    """mergekit wants the same tensors in every model; the base here has no rotary tables."""
+    python(
+        "import sys; from safetensors.torch import load_file, save_file; p = sys.argv[1]; "
+        "save_file({k: v for k, v in load_file(p).items() if 'inv_freq' not in k}, p + '.new')",
+        str(folder / "model.safetensors"),
+    )
+    os.replace(folder / "model.safetensors.new", folder / "model.safetensors")
+
+
+def mergekit(folder: Path, method: str, where: list[str]) -> Used:
+    """mergekit on the same tensors; output removed again."""
+    said = {"density": DENSITY} if method == "ties" else {}
+    models = [
+        {"model": str(folder / f"tuned-{n}/model.safetensors"), "parameters": {"weight": 0.5} | said} for n in (0, 1)
+    ]
+    config = {"merge_method": method, "models": models, "dtype": "float32", "out_dtype": "bfloat16"}
+    if method != "linear":
+        config["base_model"] = str(folder / "base/model.safetensors")
+    (folder / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
+    words = [str(folder / "config.yaml"), str(folder / "out"), "--out-shard-size", MERGEKIT_SHARD]
+    used = python(MERGEKIT, *words, paths=where)
+    shutil.rmtree(folder / "out")
+    return used
+
+
+def row(name: str, used: Used, peer: Used | None = None) -> None:
+    """One line; with a peer, how many times as much it took."""
+    said = f"{name:<34}{used.wall_s:8.1f} s{used.cpu_s:9.1f} s{used.peak_gb:8.2f} GB"
+    if peer is not None:
+        said += (
+            f"   {peer.wall_s / used.wall_s:5.1f}x {peer.cpu_s / used.cpu_s:5.1f}x {peer.peak_gb / used.peak_gb:5.1f}x"
+        )
+    print(said, flush=True)
+
+
+def show_pass(folder: Path, adapted: int, total: int) -> None:
+    """The layer-based merge's one pass over the base, against the two floors; best of three."""
+    python(PASS, str(folder))
+    found = {name: min(times) for name, times in json.loads((folder / "pass.json").read_text()).items()}
+    print(
+        f"similarities of {adapted / 1e9:.2f} B adapted weights of {total / 1e9:.2f} B, best of three, in one process"
+    )
+    for name, (wall_s, cpu_s) in found.items():
+        print(f"  {name:<32}{wall_s:8.2f} s{cpu_s:9.2f} s")
+    floor_s = max(found["cold read"][0] * adapted / total, found["float64 pass"][0])
+    print(f"  cold / larger of (read of the adapted part, float64 pass) = {found['layerwise, cold'][0] / floor_s:.2f}")
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--folder", type=Path, help="where the temporary folder is made")
+    parser.add_argument("--mergekit", action="append", default=[], metavar="DIR", help="where mergekit is installed")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.folder, prefix="merge-benchmark-") as name:
+        folder = Path(name)
+        if shutil.disk_usage(folder).free < 12e9:
+            sys.exit(f"{folder}: 12 GB of free disk are needed; name another place with --folder")
+        python(MAKE, str(folder), str(args.layers))
+        sizes = json.loads((folder / "sizes.json").read_text())
+        show_pass(folder, sizes["adapted"], sizes["total"])
+        print(f"\n{'':<34}{'wall':>10}{'CPU':>11}{'peak':>11}   times as much: wall, CPU, peak")
+        row("start", python(START))
+        row("ours, layerwise to adapter", ours(folder, 1))
+        row("ours, layerwise, sweep of 5", ours(folder, 1, "--sweep", "0.1,0.3,0.5,0.7,0.9"))
+        one = dense(folder, 1, "--method", "cat")
+        baked = python(PEFT, str(folder))
+        shutil.rmtree(folder / "out")
+        row("ours, one adapter baked in", one)
+        row("peft merge_and_unload, save", baked, one)
+        if not args.mergekit and importlib.util.find_spec("mergekit") is None:
+            return print("no mergekit: name where it is with --mergekit (--help says how to install it)")
+        compare(folder, args.mergekit)
+
+
+def compare(folder: Path, where: list[str]) -> None:
+    """Both on the same methods."""
+    bake(folder)
+    weights = ("--weight", "0.5", "--weight", "0.5")
+    for method in ("linear", "task_arithmetic", "ties"):
+        flags = ("--density", str(DENSITY)) if method == "ties" else ()
+        used = dense(folder, 2, "--method", method.replace("_", "-"), *weights, *flags)
+        row(f"ours, {method}", used)
+        row(f"mergekit, {method}", mergekit(folder, method, where), used)
+
+
+if __name__ == "__main__":
+    main()
