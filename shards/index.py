@@ -17,7 +17,7 @@ import zipfile
 from collections import OrderedDict
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -321,14 +321,23 @@ def map_npz(path: Path) -> Arrays:
             file.seek(member.header_offset + 26)
             name_length, extra_length = struct.unpack("<HH", file.read(4))
             file.seek(member.header_offset + 30 + name_length + extra_length)
-            np.lib.format.read_magic(file)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            shape, dtype = _npy_header(file, member.filename)
             if dtype.hasobject:
                 raise ValueError(f"{path.name}: {member.filename} holds objects, which are never read")
             name = member.filename.removesuffix(".npy")
             empty = 0 in shape
             arrays[name] = np.empty(shape, dtype) if empty else _mapped(path, dtype, shape, file.tell())
     return arrays
+
+
+def _npy_header(file: IO[bytes], name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    try:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    except Exception as error:
+        # Damaged bytes make numpy raise SyntaxError, TokenError, … as well as ValueError.
+        raise ValueError(f"{name} has no header of an array ({type(error).__name__})") from None
+    return shape, dtype
 
 
 def _mapped(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int) -> NDArray[Any]:

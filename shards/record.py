@@ -14,6 +14,8 @@ from shards import pose
 CONVENTION = "hpe-v1"
 _POSE_TOLERANCE_DEG = 0.1
 _ORTHONORMAL = 1e-4
+_LONGEST_SIDE_PX = 1_000_000
+_LEAST_SIDE_PX = 1e-3
 _LIMITS_DEG = {"yaw": 180.0, "pitch": 90.0, "roll": 180.0}
 _SIDE = re.compile(r"\b(left|right)(?=\b|most\b|wards?\b)", re.IGNORECASE)
 
@@ -152,14 +154,20 @@ def _record(value: dict[str, Any]) -> Record:
 
 def _check_image(image: Image) -> None:
     for side in (image.width, image.height):
-        if type(side) is not int or side <= 0:
-            raise RecordError(f"image size {image.width}x{image.height}: both sides must be positive whole numbers")
+        if type(side) is not int or not 0 < side <= _LONGEST_SIDE_PX:
+            size = f"{image.width}x{image.height}"[:80]
+            raise RecordError(
+                f"image size {size}: both sides must be positive whole numbers, at most {_LONGEST_SIDE_PX}"
+            )
     for name in (image.source, image.id, image.subject):
         if type(name) is not str:
             raise RecordError(f"image source, id and subject must be text, one is {name!r}")
     camera = image.camera
-    if camera is not None and not all(map(math.isfinite, (camera.fx, camera.fy, camera.cx, camera.cy))):
-        raise RecordError(f"{camera}: its numbers must be finite")
+    if camera is not None:
+        if not all(map(math.isfinite, (camera.fx, camera.fy, camera.cx, camera.cy))):
+            raise RecordError(f"{camera}: its numbers must be finite")
+        if min(camera.fx, camera.fy) <= 0.0:
+            raise RecordError(f"{camera}: focal lengths must be positive")
 
 
 def _rotation(name: str, value: list[Any] | None, triple: dict[str, float] | None) -> tuple[float, ...] | None:
@@ -233,6 +241,8 @@ def _box(name: str, value: Any) -> tuple[float, float, float, float]:
     x0, y0, x1, y1 = (float(v) for v in value)
     if not (all(map(math.isfinite, (x0, y0, x1, y1))) and x0 < x1 and y0 < y1):
         raise RecordError(f"{name}: box {list(value)} needs x0 < x1 and y0 < y1, in pixels")
+    if max(map(abs, (x0, y0, x1, y1))) > _LONGEST_SIDE_PX or min(x1 - x0, y1 - y0) < _LEAST_SIDE_PX:
+        raise RecordError(f"{name}: box {list(value)} is no box of an image, in pixels")
     return (x0, y0, x1, y1)
 
 
