@@ -1,0 +1,160 @@
+"""The judge's answers in heads/s: questions on a shared image prefix beside one `generate` a head; 2 ranks beside 1.
+
+  ours       what `cogvlm-hpe evaluate` runs: one pass over the images of a batch, all their heads decoded together
+  generate   transformers' `generate` on our model with its key-value cache, one head at a time
+
+python benchmarks/evaluate.py [--tokens 257] [--questions 1,4,8] [--images 2] [--repeats 3] [--ranks 2]
+CPU, float32, one thread a rank: hidden 512 x 8 layers, vocabulary 32,000, tower 256 x 4, random weights; every answer
+is 16 tokens long. Medians of alternating repeats; both ways must give the same text. The ranks share the same images,
+as mpirun starts them; their time is that of the slowest.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from cogvlm_hpe.dialogue import DEFAULT_PROMPTS
+from cogvlm_hpe.evaluate.answer import Decoding
+from cogvlm_hpe.evaluate.decode import decode_batch, questions
+from cogvlm_hpe.model.configuration import CogVLMConfig
+from cogvlm_hpe.model.load import Loaded
+from cogvlm_hpe.model.modeling import CogVLMForCausalLM
+from cogvlm_hpe.model.tokenizer import train_tokenizer
+from cogvlm_hpe.train.batch import normalise
+from launcher import comm as comms
+from shards.plan import Slot
+from shards.record import Head, Image, Record
+from shards.stream import Item
+
+ANSWER_TOKENS = 16
+UPRIGHT = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
+
+
+def make_model(image_tokens: int) -> Loaded:
+    """A model that never ends an answer early."""
+    tokenizer = train_tokenizer([*DEFAULT_PROMPTS.values(), "0123456789 [[ ]] {{ }} , . ?"])
+    vision = {"hidden_size": 256, "num_hidden_layers": 4, "num_heads": 4, "intermediate_size": 1024}
+    vision |= {"image_size": 14 * round((image_tokens - 1) ** 0.5), "num_positions": image_tokens}
+    torch.manual_seed(0)
+    model = CogVLMForCausalLM(
+        CogVLMConfig(
+            vocab_size=32000, hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8,
+            vision_config=vision,
+        )
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.get_vocab_size() :] = 0.0  # tokens that have no text
+        model.lm_head.weight[model.config.eos_token_id] = 0.0
+    return Loaded(model, tokenizer, {"prompts": dict(DEFAULT_PROMPTS), "answer_format": "offset"})
+
+
+def make_items(loaded: Loaded, images: int, heads: int) -> list[Item]:
+    """`images` pictures of noise with `heads` heads each."""
+    side = loaded.model.config.vision_config["image_size"]
+    generator = torch.Generator().manual_seed(heads)
+    boxes = [(10.0 * i, 5.0 * i, 10.0 * i + 40, 5.0 * i + 50) for i in range(heads)]
+    record = Record(Image(200, 150, "noise", "0", ""), [Head(box, UPRIGHT) for box in boxes])
+    pixels = torch.randint(0, 256, (images, 3, side, side), generator=generator, dtype=torch.uint8)
+    return [Item(Slot(0, i, 0, i), f"image-{i}", image, record) for i, image in enumerate(pixels)]
+
+
+def ours(loaded: Loaded, items: list[Item]) -> list[str]:
+    """The judge's own way."""
+    return [row["text"] for row in decode_batch(loaded, items, ["pose"], Decoding(ANSWER_TOKENS))]
+
+
+def generate(loaded: Loaded, items: list[Item]) -> list[str]:
+    """One call of `generate` a head."""
+    model, tokenizer, texts = loaded.model, loaded.tokenizer, []
+    n_image = model.config.image_tokens + 2
+    for item in items:
+        assert item.record is not None and item.image is not None
+        for row in questions(item.key, item.record, ["pose"], loaded.notes):
+            query = tokenizer.encode(row["question"], add_special_tokens=False).ids
+            ids = torch.tensor([[model.config.bos_token_id, *[0] * n_image, *query]])
+            types = torch.tensor([[0, *[1] * n_image, *[0] * len(query)]])
+            with torch.no_grad():
+                out = model.generate(
+                    input_ids=ids, token_type_ids=types, attention_mask=torch.ones_like(ids),
+                    pixel_values=normalise(item.image[None]), max_new_tokens=ANSWER_TOKENS, do_sample=False,
+                )  # fmt: skip
+            texts.append(tokenizer.decode(out[0, ids.shape[1] :].tolist(), skip_special_tokens=True).strip())
+    return texts
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long a call takes."""
+    start_s = time.perf_counter()
+    work()
+    return time.perf_counter() - start_s
+
+
+def compare(args: argparse.Namespace) -> None:
+    """The table of k."""
+    loaded = make_model(args.tokens)
+    print(f"{args.tokens - 1} image tokens, {args.images} images a batch, heads/s")
+    print(f"{'k':>3} {'ours':>9} {'generate':>9} {'ratio':>7}")
+    for k in args.questions:
+        items = make_items(loaded, args.images, k)
+        same = ours(loaded, items) == generate(loaded, items)  # warms both up, too
+        ways = (partial(ours, loaded, items), partial(generate, loaded, items))
+        times = [[seconds(way) for way in ways] for _ in range(args.repeats)]
+        a, b = (statistics.median(column) for column in zip(*times, strict=True))
+        n = k * args.images
+        print(f"{k:>3} {n / a:>9.2f} {n / b:>9.2f} {b / a:>6.2f}x{'' if same else '  answers differ'}", flush=True)
+
+
+def as_rank(args: argparse.Namespace) -> None:
+    """All ranks. Time of this rank's share of the images, as the judge deals them; rank 0 prints the slowest one's."""
+    comm = comms.mpi()
+    loaded = make_model(args.tokens)
+    batches = [make_items(loaded, 1, args.questions[-1]) for _ in range(args.images * 4)]
+    ours(loaded, batches[0])
+    comm.barrier()
+    took_s = comm.max(seconds(lambda: [ours(loaded, items) for items in batches[comm.rank :: comm.size]]))
+    if comm.rank == 0:
+        print(took_s)
+
+
+def scale(args: argparse.Namespace) -> None:
+    """1 rank beside several, alternating."""
+    mpirun = Path(sys.executable).with_name("mpirun")
+    flags = ["--tokens", args.tokens, "--questions", args.questions[-1], "--images", args.images, "--as-rank"]
+    times: dict[int, list[float]] = {1: [], args.ranks: []}
+    for _ in range(args.repeats):
+        for ranks, column in times.items():
+            words = [mpirun, "-np", ranks, sys.executable, __file__, *flags]
+            done = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=True)
+            column.append(float(done.stdout.split()[-1]))
+    one, many = (statistics.median(column) for column in times.values())
+    heads = args.images * 4 * args.questions[-1]
+    print(f"1 rank {heads / one:.2f} heads/s, {args.ranks} ranks {heads / many:.2f} heads/s: {one / many:.2f}x")
+
+
+def main() -> None:
+    """Read the flags and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=257, help="image tokens, the class token included")
+    parser.add_argument("--questions", type=lambda text: [int(k) for k in text.split(",")], default=[1, 4, 8])
+    parser.add_argument("--images", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--as-rank", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.as_rank:
+        as_rank(args)
+    else:
+        compare(args)
+        scale(args)
+
+
+if __name__ == "__main__":
+    main()
