@@ -208,9 +208,8 @@ def row(name: str, used: Used, peer: Used | None = None) -> None:
     """One line; with a peer, how many times as much it took."""
     said = f"{name:<34}{used.wall_s:8.1f} s{used.cpu_s:9.1f} s{used.peak_gb:8.2f} GB"
     if peer is not None:
-        said += (
-            f"   {peer.wall_s / used.wall_s:5.1f}x {peer.cpu_s / used.cpu_s:5.1f}x {peer.peak_gb / used.peak_gb:5.1f}x"
-        )
+        ratios = (used.wall_s / peer.wall_s, used.cpu_s / peer.cpu_s, used.peak_gb / peer.peak_gb)
+        said += "   " + " ".join(f"{ratio:5.1f}x" for ratio in ratios)
     print(said, flush=True)
 
 
@@ -259,7 +258,7 @@ def compare(folder: Path, where: list[str]) -> None:
     """Both on the same methods."""
     bake(folder)
     weights = ("--weight", "0.5", "--weight", "0.5")
-    for method in ("linear", "task_arithmetic", "ties"):
+    for method in ("ties", "linear", "task_arithmetic"):
         flags = ("--density", str(DENSITY)) if method == "ties" else ()
         used = dense(folder, 2, "--method", method.replace("_", "-"), *weights, *flags)
         row(f"ours, {method}", used)

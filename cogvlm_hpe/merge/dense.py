@@ -1,6 +1,7 @@
 """Merged weights as a whole checkpoint, a tensor at a time: spread over ranks by files, and resumed between files."""
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 _RECIPE = "recipe.json"
 _LOSSES = ".losses.json"
 _SAMPLED_ROWS = 64
+_BLOCK_ELEMENTS = 2**18  # 1 MiB of float32: stays in the cache from the change to the rounded weight
 
 
 class TunedWeights:
@@ -60,14 +62,18 @@ class TunedWeights:
         if layer not in self._layers:
             check_finite(name, weight)
             return weight
-        change = self._changes.change(layer)
-        size = _squares(change)
-        exact = change.to(torch.promote_types(torch.float32, weight.dtype)).add_(weight)
-        check_finite(name, exact)
-        rounded = exact.to(weight.dtype)
-        lost = _squares(exact.sub_(rounded)) if rounded is not exact else 0.0
+        out = torch.empty_like(weight)
+        size = lost = 0.0
+        step = max(1, _BLOCK_ELEMENTS // weight.shape[1])
+        blocks = self._changes.blocks(layer, step)
+        for change, rows, rounded in zip(blocks, weight.split(step), out.split(step), strict=True):
+            size += _squares(change)
+            exact = change.to(torch.promote_types(torch.float32, weight.dtype)).add_(rows)
+            lost += _squares(exact.sub_(rounded.copy_(exact)))
+        if not math.isfinite(size + lost):  # infinity less infinity is NaN, too
+            check_finite(name, torch.tensor(math.nan))
         self.losses[layer] = float(f"{(lost / size) ** 0.5:.4g}") if size else 0.0
-        return rounded
+        return out
 
     def flat(self, name: str, start: int, stop: int) -> Tensor:
         """Of the merged tensor."""

@@ -1,6 +1,6 @@
 """From settings and adapters to the merged change of every layer: as factors where that is exact, else dense."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from importlib import metadata
@@ -34,6 +34,10 @@ class Changes(Protocol):
         """(n_out, n_in) float32, the caller's own."""
         ...
 
+    def blocks(self, layer: str, rows: int) -> Iterator[Tensor]:
+        """The same in blocks of so many rows, each the caller's own."""
+        ...
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -47,8 +51,14 @@ class LowRank:
 
     def change(self, layer: str) -> Tensor:
         """(n_out, n_in) float32."""
+        return next(self.blocks(layer, len(self.factors[layer].b)))
+
+    def blocks(self, layer: str, rows: int) -> Iterator[Tensor]:
+        """(at most `rows`, n_in) float32 each."""
         factor = self.factors[layer]
-        return (factor.b.float() @ factor.a.float()).mul_(factor.scale)
+        a = factor.a.float()
+        for b in factor.b.float().split(rows):
+            yield (b @ a).mul_(factor.scale)
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,10 @@ class Elementwise:
         changes = [LowRank(self.parts[number]).change(layer) for number in held]
         weights = [self.weights[number][layer] for number in held]
         return sparse.METHODS[self.method](changes, weights, self.sparsity, [f"{layer} {number}" for number in held])
+
+    def blocks(self, layer: str, rows: int) -> Iterator[Tensor]:
+        """(at most `rows`, n_in) float32 each."""
+        return iter(self.change(layer).split(rows))
 
 
 @dataclass(frozen=True)
