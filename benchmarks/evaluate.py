@@ -26,8 +26,8 @@ from cogvlm_hpe.evaluate.decode import decode_batch, questions
 from cogvlm_hpe.model.configuration import CogVLMConfig
 from cogvlm_hpe.model.load import Loaded
 from cogvlm_hpe.model.modeling import CogVLMForCausalLM
+from cogvlm_hpe.model.pixels import normalise
 from cogvlm_hpe.model.tokenizer import train_tokenizer
-from cogvlm_hpe.train.batch import normalise
 from launcher import comm as comms
 from shards.plan import Slot
 from shards.record import Head, Image, Record

@@ -115,7 +115,7 @@ class HeadPose:
 
     def _see(self, pixels: np.ndarray) -> Any:
         from cogvlm_hpe.evaluate.answer import encode
-        from cogvlm_hpe.train.batch import normalise
+        from cogvlm_hpe.model.pixels import normalise
         from shards.stream import resize
 
         weight = next(self.loaded.model.parameters())

@@ -153,7 +153,7 @@ def _answers(
     """Answers to `part`; `prefixes` keeps, by base, what other systems asked the same can use of it."""
     import torch
 
-    from cogvlm_hpe.train.batch import normalise
+    from cogvlm_hpe.model.pixels import normalise
 
     weight = next(loaded.model.parameters())
     needed = sorted({number for number, _ in part})

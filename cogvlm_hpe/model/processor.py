@@ -17,9 +17,11 @@ from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 
 from cogvlm_hpe import dialogue
 from cogvlm_hpe.dialogue import AnswerFormat, Parsed
+from cogvlm_hpe.model.pixels import normalise
 from cogvlm_hpe.model.tokenizer import FILE_NAME, SENTENCEPIECE_NAME, SPECIAL_TOKENS, load_tokenizer
 from cogvlm_hpe.model.weights import read_config
 from launcher.errors import UserError
+from shards.pixels import resize
 
 Template = Literal["base", "chat", "vqa"]
 Side = Literal["left", "right"]
@@ -290,8 +292,6 @@ class CogVLMProcessor(ProcessorMixin):
         return out
 
     def _pixels(self, arrays: Sequence[np.ndarray]) -> Tensor:
-        from cogvlm_hpe.train.batch import normalise
-        from shards.stream import resize
 
         return normalise(torch.stack([resize(array, self.image_size) for array in arrays]))
 

@@ -16,12 +16,9 @@ from cogvlm_hpe.asking import Question
 from cogvlm_hpe.config import ModelConfig
 from cogvlm_hpe.dialogue import Task
 from cogvlm_hpe.model.layout import IGNORE
+from cogvlm_hpe.model.pixels import normalise
 from shards.record import Record
 from shards.stream import Item
-
-# OpenAI CLIP's statistics, which EVA2-CLIP and so CogVLM keep.
-_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
-_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
 
 
 @dataclass
@@ -47,11 +44,6 @@ class Batch:
     def n_text_tokens(self) -> int:
         """Tokens of questions and answers, no padding."""
         return int(self.attention_mask.sum()) if self.tasks else 0
-
-
-def normalise(images_u8: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(I, 3, S, S) uint8 to the vision tower's range."""
-    return ((images_u8.float() / 255.0 - _MEAN[:, None, None]) / _STD[:, None, None]).to(dtype)
 
 
 def choose(questions: list[Question], at_most: int, seed: int, position: int) -> list[Question]:

@@ -22,7 +22,7 @@ from cogvlm_hpe.evaluate.decode import judge, questions
 from cogvlm_hpe.evaluate.reduce import collect, headline
 from cogvlm_hpe.evaluate.summary import Row, pose_triples, summarise
 from cogvlm_hpe.model.load import Loaded
-from cogvlm_hpe.train.batch import normalise
+from cogvlm_hpe.model.pixels import normalise
 from cogvlm_hpe.train.engine import Engine
 from launcher.comm import Comm
 from shards.draw import Pixels

@@ -11,9 +11,9 @@ from small_model import VISION
 
 from cogvlm_hpe.model import CogVLMConfig, CogVLMForCausalLM, CogVLMProcessor, CogVLMTokenizer
 from cogvlm_hpe.model.load import resolve_base
+from cogvlm_hpe.model.pixels import normalise
 from cogvlm_hpe.model.processor import fill_boxes, write_prompt
 from cogvlm_hpe.model.tokenizer import FILE_NAME, load_tokenizer, train_tokenizer
-from cogvlm_hpe.train.batch import normalise
 from launcher.errors import UserError
 from shards.stream import decode_image
 
