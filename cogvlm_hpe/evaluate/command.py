@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from shards.index import ShardSet
 
 HELP = "judge a model on a shard set: pose, grounding and answer formats"
-TASKS = ("pose", "where", "what", "facing")
+TASKS = ("pose", "where", "what", "facing", "tags")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

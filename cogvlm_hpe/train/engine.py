@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cogvlm_hpe.config import RunConfig
 from cogvlm_hpe.train.adapter import trainable
+from cogvlm_hpe.train.muon import Muon
 from launcher.comm import Comm
 from launcher.errors import UserError
 
@@ -42,9 +43,12 @@ class Engine:
         self.comm = comm
         self.parameters = trainable(module)
         train = config.train
-        # One group: with several, DeepSpeed 0.19.8 links only the first one's Adam state to its parameters.
-        optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=train.lr, betas=train.betas, weight_decay=train.weight_decay
+        settings = {"lr": train.lr, "betas": train.betas, "weight_decay": train.weight_decay}
+        # One group: with several, DeepSpeed 0.19.8 links only the first one's Adam state to its parameters under ZeRO.
+        optimizer = (
+            Muon(self.parameters, **settings)
+            if train.optimizer == "muon"
+            else torch.optim.AdamW(self.parameters.values(), **settings)
         )
         self.engine, *_ = deepspeed.initialize(
             model=module,
@@ -102,7 +106,7 @@ class Engine:
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """All ranks. Adam's moments by `name/key`, and the count of its steps."""
-        out = {f"{n}/{key}": self._full(p, key) for n, p in self.parameters.items() for key in _ADAM_STATE}
+        out = {f"{n}/{key}": self._full(p, key) for n, p in self.parameters.items() for key in self._keys(p)}
         out["adam_step"] = torch.tensor(float(self._adam_steps()[0]))
         return out
 
@@ -113,7 +117,7 @@ class Engine:
         """
         for name, parameter in self.parameters.items():
             self._set(parameter, weights[name], None)
-            for key in _ADAM_STATE:
+            for key in self._keys(parameter):
                 self._set(parameter, state[f"{name}/{key}"], key)
         for counter in self._adam_steps():
             counter.fill_(float(state["adam_step"]))
@@ -140,6 +144,11 @@ class Engine:
             safe_set_full_fp32_param(parameter, value)
         else:
             safe_set_full_optimizer_state(parameter, value, key)
+
+    def _keys(self, parameter: nn.Parameter) -> list[str]:
+        """Names of a parameter's moments: Muon keeps no second one of a matrix."""
+        kept = self.engine.optimizer.state[parameter] if self._is_plain(parameter) else _ADAM_STATE
+        return [key for key in _ADAM_STATE if key in kept]
 
     def _is_plain(self, parameter: nn.Parameter) -> bool:
         return not hasattr(parameter, "ds_id") and not hasattr(parameter, "_hp_mapping")

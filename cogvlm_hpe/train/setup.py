@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from cogvlm_hpe import config as configs
 from cogvlm_hpe.config import RunConfig
 from cogvlm_hpe.model.fingerprint import fingerprint
+from cogvlm_hpe.model.fresh import fresh_model
 from cogvlm_hpe.model.load import load_base, read_config, resolve_base
 from cogvlm_hpe.model.modeling import CogVLMForCausalLM
 from cogvlm_hpe.model.tokenizer import load_tokenizer
@@ -110,7 +111,7 @@ def setup(config: RunConfig, world: World, comm: Comm, *, resume: bool, allow_ch
 def make_model(config: RunConfig, base: Path) -> CogVLMForCausalLM:
     """The base with its weights, or with fresh ones."""
     dtype = torch.bfloat16 if config.model.dtype == "bf16" else torch.float32
-    model = CogVLMForCausalLM(read_config(base)) if config.model.random_init else load_base(base, dtype)
+    model = fresh_model(read_config(base)) if config.model.random_init else load_base(base, dtype)
     model.train()
     if config.train.gradient_checkpointing:
         model.model.gradient_checkpointing = True
