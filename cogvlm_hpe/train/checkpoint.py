@@ -26,6 +26,7 @@ from launcher.errors import UserError
 from launcher.files import atomic_folder, sha256
 
 FOLDER = "checkpoints"
+AUXILIARY = "auxiliary.safetensors"
 _MANIFEST = "manifest.json"
 
 
@@ -70,7 +71,7 @@ def save(
         with atomic_folder(final) as folder:
             _write_model(folder, own, describe)
             if rest:
-                save_file(rest, folder / "auxiliary.safetensors")
+                save_file(rest, folder / AUXILIARY)
             save_file(optimizer, folder / "optimizer.safetensors")
             _write_json(folder / "trainer.json", {"step": step, "loader": loader})
             _write_manifest(folder)
@@ -134,8 +135,8 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     for name, tensor in load_file(adapter if adapter.is_file() else model).items():
         name = name.removeprefix(PREFIX).replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default.")
         out[MODEL_PREFIX + name] = tensor
-    if (folder / "auxiliary.safetensors").is_file():
-        out |= load_file(folder / "auxiliary.safetensors")
+    if (folder / AUXILIARY).is_file():
+        out |= load_file(folder / AUXILIARY)
     return out
 
 

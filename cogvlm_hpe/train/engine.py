@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cogvlm_hpe.config import RunConfig
+from cogvlm_hpe.config import RunConfig, TrainConfig
 from cogvlm_hpe.train.adapter import trainable
 from cogvlm_hpe.train.muon import Muon
 from launcher.comm import Comm
@@ -34,6 +34,14 @@ def prepare_deepspeed() -> None:
     deepspeed.ops.__compatible_ops__ = {}
 
 
+def make_optimizer(parameters: dict[str, nn.Parameter], train: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW, or Muon with AdamW, over named parameters."""
+    if train.optimizer == "muon":
+        return Muon(parameters, train.lr, train.betas, train.weight_decay)
+    # One group: with several, DeepSpeed 0.19.8 links only the first one's Adam state to its parameters under ZeRO.
+    return torch.optim.AdamW(parameters.values(), lr=train.lr, betas=train.betas, weight_decay=train.weight_decay)
+
+
 class Engine:
     """The trained module and its optimizer under ZeRO."""
 
@@ -43,16 +51,9 @@ class Engine:
         self.comm = comm
         self.parameters = trainable(module)
         train = config.train
-        settings = {"lr": train.lr, "betas": train.betas, "weight_decay": train.weight_decay}
-        # One group: with several, DeepSpeed 0.19.8 links only the first one's Adam state to its parameters under ZeRO.
-        optimizer = (
-            Muon(self.parameters, **settings)
-            if train.optimizer == "muon"
-            else torch.optim.AdamW(self.parameters.values(), **settings)
-        )
         self.engine, *_ = deepspeed.initialize(
             model=module,
-            optimizer=optimizer,
+            optimizer=make_optimizer(self.parameters, train),
             config=self._deepspeed_config(config, accumulation),
             dist_init_required=False,
         )

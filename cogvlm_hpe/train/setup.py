@@ -69,6 +69,7 @@ def setup(config: RunConfig, world: World, comm: Comm, *, resume: bool, allow_ch
     model = make_model(config, base)
     lora = adapter.add_lora(model, config.adapter, str(base.resolve())) if config.adapter else None
     module = TrainedModule(model, config.train.auxiliary)
+    take_readouts(module, base)
     saved = take_weights(module, from_folder)
     prepare_deepspeed()
     engine = Engine(module, config, comm, accumulation)
@@ -116,6 +117,15 @@ def make_model(config: RunConfig, base: Path) -> CogVLMForCausalLM:
     if config.train.gradient_checkpointing:
         model.model.gradient_checkpointing = True
     return model
+
+
+def take_readouts(module: TrainedModule, base: Path) -> None:
+    """Go on with the dense read-outs of the stage before, where the base is its checkpoint."""
+    path = base / checkpoint.AUXILIARY
+    if module.dense is not None and path.is_file():
+        from safetensors.torch import load_file
+
+        module.load_state_dict(load_file(path), strict=False)
 
 
 def take_weights(module: TrainedModule, folder: Path | None) -> checkpoint.Saved | None:

@@ -92,10 +92,10 @@ def test_the_set_of_keys_changes_only_on_purpose(written) -> None:
     assert keys == [
         "adapter.alpha", "adapter.dropout", "adapter.init", "adapter.rank", "adapter.rslora", "adapter.scope",
         "adapter.targets", "model.answer_format", "model.base", "model.dtype", "model.prompts.facing",
-        "model.prompts.pose", "model.prompts.tags", "model.prompts.what", "model.prompts.where", "model.random_init", "model.tokenizer",
-        "run_dir", "shards.batch", "shards.flip", "shards.min_visible", "shards.on_bad_sample", "shards.questions",
-        "shards.seed", "shards.train", "shards.workers", "train.auxiliary", "train.betas", "train.clip",
-        "train.gradient_checkpointing", "train.keep", "train.log_every", "train.lr", "train.max_steps",
-        "train.micro_batch", "train.min_lr_ratio", "train.optimizer", "train.save_every", "train.seed", "train.stop_after",
-        "train.warmup_steps", "train.weight_decay", "train.zero_stage",
+        "model.prompts.pose", "model.prompts.tags", "model.prompts.what", "model.prompts.where", "model.random_init",
+        "model.tokenizer", "run_dir", "shards.batch", "shards.flip", "shards.min_visible", "shards.on_bad_sample",
+        "shards.questions", "shards.seed", "shards.train", "shards.workers", "train.auxiliary", "train.betas",
+        "train.clip", "train.gradient_checkpointing", "train.keep", "train.log_every", "train.lr", "train.max_steps",
+        "train.micro_batch", "train.min_lr_ratio", "train.optimizer", "train.save_every", "train.seed",
+        "train.stop_after", "train.warmup_steps", "train.weight_decay", "train.zero_stage",
     ]  # fmt: skip

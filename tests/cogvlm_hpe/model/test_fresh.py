@@ -2,7 +2,7 @@
 
 import torch
 
-from cogvlm_hpe.model.fresh import fresh_model, waves
+from cogvlm_hpe.model.fresh import cosines, fresh_model, waves
 from cogvlm_hpe.model.load import read_config, resolve_base
 
 
@@ -25,3 +25,12 @@ def test_a_seed_gives_the_same_fresh_model_with_quiet_blocks() -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
     layer = models[0].model.vision.transformer.layers[0]
     assert (layer.input_layernorm.weight < 1).all() and (layer.post_attention_layernorm.weight < 1).all()
+
+
+def test_kernels_of_patches_are_orthogonal_and_low_ones_first() -> None:
+    kernels = cosines(14, 128)
+    assert kernels.shape == (128, 3, 14, 14)
+    flat = torch.nn.functional.normalize(kernels.flatten(1), dim=1)
+    assert (flat @ flat.T - torch.eye(128)).abs().max() < 1e-5
+    assert kernels[0].std(dim=(1, 2)).max() < 1e-6  # the first one is the mean brightness
+    assert (kernels[64:].sum(dim=1).abs() < 1e-6).all()  # the others see no brightness
