@@ -50,6 +50,13 @@ clean:
 	$(BIN)/python -m pip install --progress-bar off -c constraints.txt -e .
 	touch $@
 
+# SwissArmyTransformer alone: what it requires (boto3, datasets, …) contradicts our versions and loading needs none of it.
+.venv/installed-test: .venv/installed
+	@echo "== what 'test' needs besides"
+	$(BIN)/python -m pip install --progress-bar off -c constraints.txt -e ".[test]"
+	$(BIN)/python -m pip install --progress-bar off -c constraints.txt --no-deps SwissArmyTransformer
+	touch $@
+
 .venv/installed-%: .venv/installed
 	@echo "== what '$*' needs besides"
 	$(BIN)/python -m pip install --progress-bar off -c constraints.txt -e ".[$*]"

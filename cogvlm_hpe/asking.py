@@ -44,7 +44,7 @@ def _about_heads(
 ) -> list[Question]:
     out = []
     for number, head in enumerate(record.heads):
-        if head.visible < min_visible:
+        if head.rotation is None or head.visible < min_visible:
             continue
         direction = (-head.matrix[:, 2]).tolist()
         if task == "facing" and not dialogue.faces_clearly(direction):

@@ -73,6 +73,21 @@ class SetConfig:
 
 
 @dataclass
+class AugmentConfig:
+    """How far images may be changed, with their boxes, poses and camera.
+
+    Args:
+        rotate_deg: turn by up to so many degrees either way
+        crop: keep at least this share of both sides; 1 for no crop
+        colour: change brightness, contrast and saturation by up to this share
+    """
+
+    rotate_deg: float = 0.0
+    crop: float = 1.0
+    colour: float = 0.0
+
+
+@dataclass
 class ShardsConfig:
     """The data of a run.
 
@@ -84,6 +99,9 @@ class ShardsConfig:
         questions: at most so many questions an image
         min_visible: heads with a smaller visible fraction are not asked about
         flip: mirror half of the images, with their poses, boxes and left/right words
+        augment: other changes of the images
+        block_shards: shuffle within blocks of so many shards, for slow disks and remote sets; 0 for a full shuffle
+        bucket_batches: within every so many batches, bring images of about as many heads together; 0 for chance
         on_bad_sample: fail, or skip: the sample leaves a hole of weight 0 and is counted
     """
 
@@ -94,6 +112,9 @@ class ShardsConfig:
     questions: int = 8
     min_visible: float = MIN_VISIBLE
     flip: bool = True
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    block_shards: int = 0
+    bucket_batches: int = 0
     on_bad_sample: Literal["fail", "skip"] = "fail"
 
 

@@ -14,7 +14,7 @@ from typing import Literal
 Task = Literal["pose", "where", "what", "facing", "tags"]
 TASKS: tuple[Task, ...] = ("pose", "where", "what", "facing", "tags")
 AnswerFormat = Literal["offset", "signed"]
-Kind = Literal["pose", "box", "blended", "other"]
+Kind = Literal["pose", "box", "blended", "out_of_range", "other"]
 
 DEFAULT_PROMPTS: Mapping[Task, str] = {
     "pose": "What is the pose of the head at {box}?",
@@ -40,7 +40,10 @@ _EDGE_DEG, _EDGE_SLOPE = 5.0, 0.05  # nearer than this to where the word changes
 
 @dataclass(frozen=True)
 class Parsed:
-    """What a text holds: a pose in degrees, boxes in 0..1, both mixed up (`blended`), or neither."""
+    """What a text holds: a pose in degrees, boxes in 0..1, both mixed up (`blended`), or neither.
+
+    `out_of_range`: written as a pose or as boxes are, with numbers that are neither; `other`: anything else.
+    """
 
     kind: Kind
     pose_deg: tuple[float, float, float] | None = None
@@ -72,47 +75,42 @@ def format_pose(yaw_deg: float, pitch_deg: float, roll_deg: float, answer_format
 def parse(text: str, answer_format: AnswerFormat = "offset") -> Parsed:
     """Tell a valid pose, valid boxes, a blend of both formats, and anything else. Never raises, on any text.
 
-    A text with marks of both formats is blended, however well formed either of them is; numbers out of range make
-    an answer `other`.
+    The grammar is in docs/answers.md. A text with marks of both formats is blended, however well formed either is.
     """
     has_box_mark, has_pose_mark = bool(_BOX_MARK.search(text)), bool(_POSE_MARK.search(text))
     if has_box_mark and has_pose_mark:
         return Parsed("blended")
     if has_pose_mark:
-        pose_deg = _parse_pose(text, answer_format)
-        return Parsed("pose", pose_deg=pose_deg) if pose_deg else Parsed("other")
-    if has_box_mark:
-        boxes = _parse_boxes(text)
-        return Parsed("box", boxes=boxes) if boxes else Parsed("other")
-    return Parsed("other")
+        return _parse_pose(text, answer_format)
+    return _parse_boxes(text) if has_box_mark else Parsed("other")
 
 
-def _parse_pose(text: str, answer_format: AnswerFormat) -> tuple[float, float, float] | None:
+def _parse_pose(text: str, answer_format: AnswerFormat) -> Parsed:
     match = _POSE.fullmatch(text.strip())
     if not match:
-        return None
+        return Parsed("other")
     yaw, pitch, roll = (int(group) for group in match.groups())
     if answer_format == "offset":
         if not (0 <= yaw <= 360 and 0 <= pitch <= 180 and 0 <= roll <= 360):
-            return None
+            return Parsed("out_of_range")
         yaw, pitch, roll = yaw % 360 - 180, pitch - 90, roll % 360 - 180
     if not (abs(yaw) <= 180 and abs(pitch) <= 90 and abs(roll) <= 180):
-        return None
-    return (180.0 if yaw == -180 else float(yaw), float(pitch), 180.0 if roll == -180 else float(roll))
+        return Parsed("out_of_range")
+    return Parsed("pose", (180.0 if yaw == -180 else float(yaw), float(pitch), 180.0 if roll == -180 else float(roll)))
 
 
-def _parse_boxes(text: str) -> list[tuple[float, float, float, float]]:
+def _parse_boxes(text: str) -> Parsed:
     # CogVLM writes several boxes of one phrase inside one pair of brackets: [[a,b,c,d;e,f,g,h]].
     spread = text.strip().replace(";", "]][[")
     if _BOX.sub("", spread).strip():
-        return []
+        return Parsed("other")
     boxes = []
     for match in _BOX.finditer(spread):
         x0, y0, x1, y1 = (int(group) / 1000.0 for group in match.groups())
         if not (0 <= x0 < x1 < 1 and 0 <= y0 < y1 < 1):
-            return []
+            return Parsed("out_of_range")
         boxes.append((x0, y0, x1, y1))
-    return boxes
+    return Parsed("box", boxes=boxes)
 
 
 def facing(direction: Sequence[float]) -> str:

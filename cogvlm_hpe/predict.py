@@ -10,13 +10,15 @@ from launcher.errors import UsageError, UserError
 if TYPE_CHECKING:
     import numpy as np
 
+    from cogvlm_hpe.dialogue import Parsed
+    from cogvlm_hpe.evaluate.answer import Answer, Decode
     from cogvlm_hpe.model.load import Loaded
 
 HELP = "read the pose of heads in one image"
-_MAX_NEW_TOKENS = 48
 _REASONS = {
     "box": "the model answered with a box, not with a pose",
     "blended": "the answer mixes box and pose formats",
+    "out_of_range": "the answer is written as a pose, but its numbers are no angles",
     "other": "the answer is no pose",
 }
 
@@ -33,6 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--model", required=True, metavar="DIR", help="base folder, adapter folder (it names its base) or merged model")
     add("--adapter", type=Path, metavar="DIR", help="adapter to put on --model")
+    add(
+        "--decode", choices=("greedy", "expectation"), default="greedy",
+        help="expectation: a pose is the mean over the distribution of its digits, with a confidence",
+    )  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default: %(default)s)")
     add("--out", type=Path, metavar="PICTURE", help="also write the image with the poses' axes drawn on it")
 
@@ -53,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
     device = device_of(args.device)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    answers = predict(load(args.model, args.adapter, device=device, dtype=dtype), pixels, boxes)
+    answers = predict(load(args.model, args.adapter, device=device, dtype=dtype), pixels, boxes, args.decode)
     print("[\n" + ",\n".join("  " + json.dumps(answer, ensure_ascii=False) for answer in answers) + "\n]")
     if args.out is not None:
         write_picture(args.out, pixels, answers)
@@ -95,10 +101,15 @@ def read_image(path: Path) -> "np.ndarray":
         raise UserError(f"{path}: not an image that can be read ({reason})") from None
 
 
-def predict(loaded: "Loaded", pixels: "np.ndarray", boxes: list[Box]) -> list[dict[str, Any]]:
-    """For each box: `{box, answer, yaw, pitch, roll, reason}`, degrees, or nulls and the reason why."""
+def predict(
+    loaded: "Loaded", pixels: "np.ndarray", boxes: list[Box], decode: "Decode" = "greedy"
+) -> list[dict[str, Any]]:
+    """For each box: `{box, answer, yaw, pitch, roll, reason}`, degrees, or nulls and the reason why.
+
+    With expectation decoding also `confidence`, 0..1.
+    """
     from cogvlm_hpe import dialogue
-    from cogvlm_hpe.evaluate.decode import answer_texts
+    from cogvlm_hpe.evaluate.answer import Decoding, answer
     from cogvlm_hpe.train.batch import normalise
     from shards.stream import resize
 
@@ -107,16 +118,18 @@ def predict(loaded: "Loaded", pixels: "np.ndarray", boxes: list[Box]) -> list[di
     weight = next(model.parameters())
     image = normalise(resize(pixels, model.config.vision_config["image_size"])[None]).to(weight.device, weight.dtype)
     questions = [dialogue.ask("pose", notes["prompts"], box=dialogue.format_box(box, width, height)) for box in boxes]
-    texts = answer_texts(loaded, image, [0] * len(boxes), questions, _MAX_NEW_TOKENS)
+    n = len(boxes)
+    answers = answer(loaded, image, [0] * n, ["pose"] * n, questions, Decoding(decode=decode))
     return [
-        {"box": list(box), "answer": text, **_reading(dialogue.parse(text, notes["answer_format"]))}
-        for box, text in zip(boxes, texts, strict=True)
+        {"box": list(box), "answer": given.text, **_reading(given, dialogue.parse(given.text, notes["answer_format"]))}
+        for box, given in zip(boxes, answers, strict=True)
     ]
 
 
-def _reading(parsed: Any) -> dict[str, Any]:
-    yaw, pitch, roll = parsed.pose_deg or (None, None, None)
-    return {"yaw": yaw, "pitch": pitch, "roll": roll, "reason": _REASONS.get(parsed.kind)}
+def _reading(given: "Answer", parsed: "Parsed") -> dict[str, Any]:
+    yaw, pitch, roll = given.pose_deg or parsed.pose_deg or (None, None, None)
+    reading = {"yaw": yaw, "pitch": pitch, "roll": roll, "reason": _REASONS.get(parsed.kind)}
+    return reading if given.confidence is None else reading | {"confidence": round(given.confidence, 4)}
 
 
 def write_picture(path: Path, pixels: "np.ndarray", answers: list[dict[str, Any]]) -> None:

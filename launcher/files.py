@@ -26,12 +26,17 @@ def atomic_folder(final: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        _share(temporary)
-        sync_folder(temporary)
-        os.rename(temporary, final)
+        publish_folder(temporary, final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def publish_folder(temporary: Path, final: Path) -> None:
+    """Make a finished folder durable, readable as the user's umask says, and rename it to `final`."""
+    _share(temporary)
+    sync_folder(temporary)
+    os.rename(temporary, final)
     _sync(final.parent)
 
 

@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_info(commands)
     _add_preview(commands)
     _add_order(commands)
+    _add_fixture(commands)
     return parser
 
 
@@ -79,14 +80,26 @@ def _add_build(commands: "Commands") -> None:
         common.add_argument("--name", help="start of the tars' names (default: the source's name)")
         at_most = "at most; the default is 1000, fewer for small sets"
         common.add_argument("--samples-per-shard", type=int, metavar="N", help=at_most)
+        common.add_argument("--max-shard-mb", type=float, metavar="MB", help="million bytes of a tar, at most")
+        spread = "spread subjects and sequences over all shards, in an order of this seed (default: the source's order)"
+        common.add_argument("--shuffle", type=int, metavar="SEED", help=spread)
+        common.add_argument("--reencode-jpeg", type=int, metavar="Q", help="store every image as JPEG of this quality")
+        smaller = "make images with a longer side smaller, with boxes and camera (default: images are kept as they are)"
+        common.add_argument("--max-side", type=int, metavar="PX", help=smaller)
         source.set_defaults(run=_build, make=make)
 
 
 def _build(options: argparse.Namespace) -> int:
     from launcher import comm
+    from shards.derive import Reencoded, Shuffled
     from shards.write import build
 
-    build(options.make(options), options.out, comm.mpi(), options.samples_per_shard, options.name)
+    source = options.make(options)
+    if options.reencode_jpeg is not None or options.max_side is not None:
+        source = Reencoded(source, options.reencode_jpeg, options.max_side)
+    if options.shuffle is not None:
+        source = Shuffled(source, options.shuffle)
+    build(source, options.out, comm.mpi(), options.samples_per_shard, options.name, options.max_shard_mb)
     return 0
 
 
@@ -236,3 +249,28 @@ def set_and_ratio(text: str) -> tuple[Path, float]:
         return Path(path), float(ratio)
     except ValueError:
         raise UsageError(f"{text!r}: expected DIR or DIR:RATIO with a number") from None
+
+
+def _add_fixture(commands: "Commands") -> None:
+    from shards.sources.fixtures import FIXTURES
+
+    text = (
+        "Write a data set of a few small drawn images with the files, names and formats of the official download: to "
+        "see what a source reads, and to try a build before the real data is there."
+    )
+    command = commands.add_parser("fixture", help="a tiny data set in a source's own format", description=text)
+    command.add_argument("source", choices=FIXTURES, metavar="SOURCE", help=f"one of {', '.join(FIXTURES)}")
+    command.add_argument("folder", type=Path, metavar="DIR", help="new or empty folder")
+    command.set_defaults(run=_fixture)
+
+
+def _fixture(options: argparse.Namespace) -> int:
+    import shlex
+
+    from shards.sources import fixtures
+
+    if _first_rank() is not None:
+        fixtures.write(options.source, options.folder)
+        words = fixtures.build_words(options.source, options.folder)
+        print(f"{options.folder}: written; try: {PROGRAM} {shlex.join(words)} --out {options.source}-fixture")
+    return 0

@@ -7,8 +7,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from shards.index import ShardSet
+from shards.pixels import decode_pixels
 from shards.record import Record
-from shards.stream import decode_pixels
 
 Pixels = np.ndarray
 Colour = tuple[int, int, int]
@@ -49,6 +49,8 @@ def draw_record(image: Pixels, known: Record) -> Pixels:
     for head in known.heads:
         x0, y0, x1, y1 = (v * scale for v in head.bbox)
         _box(draw, (x0, y0, x1, y1), _HEAD_BOX)
+        if head.rotation is None:
+            continue
         # At the lower edge: above the box its expression may stand.
         _words(draw, (x0 + 3, y1 - 17), _HEAD_BOX, " ".join(f"{angle:+.0f}" for angle in head.pose_deg))
         _axes(draw, head.matrix, ((x0 + x1) / 2, (y0 + y1) / 2), 0.6 * max(x1 - x0, y1 - y0))

@@ -9,6 +9,7 @@ samples and for 10^8, and the processes of one machine share the pages. Its arra
 
 import json
 import os
+import re
 import struct
 import zipfile
 from collections import OrderedDict
@@ -25,6 +26,8 @@ from shards.record import Record, RecordError, from_json
 FORMAT = "hpe-shards-1"
 INDEX_JSON, INDEX_NPZ = "index.json", "index.npz"
 HEADER = 512  # a tar member's header, in the USTAR form the shards are written in
+KEY = re.compile(r"(?=.{1,90}\Z)[A-Za-z0-9_-]+(?:/[A-Za-z0-9_-]+)*")
+"""Keys of samples: a dot would end them for webdataset readers."""
 _OPEN_TARS = 64
 
 Arrays = dict[str, NDArray[Any]]
@@ -69,6 +72,11 @@ class ShardSet:
     def n_heads(self) -> NDArray[np.int32]:
         """(N,) heads in each sample."""
         return self.arrays["n_heads"]
+
+    @property
+    def shard_sizes(self) -> list[int]:
+        """Samples in each shard."""
+        return [shard["samples"] for shard in self.info["shards"]]
 
     @cached_property
     def head_starts(self) -> NDArray[np.int64]:

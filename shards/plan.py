@@ -4,26 +4,26 @@ The stream of all samples is one endless row of positions 0, 1, 2, …; global b
 A repeating pattern says which set a position draws from, so every period of it has the exact ratios; the j-th draw
 from a set of S samples is number j mod S of its epoch j // S. Each epoch of each set is shuffled afresh by a keyed
 permutation that is computed, not stored: a plan over 10^8 samples costs no more memory than one over ten, and any batch
-can be asked for directly. Only whole numbers and mixing of our own are used: library versions cannot change the order.
+can be asked for directly.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
-from math import gcd, isqrt, lcm
-from typing import Any, NamedTuple, TypeVar
+from math import gcd, lcm
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from launcher.errors import UsageError
+from shards.shuffle import BlockShuffle, Ints, Shuffle, mix, shuffled
 
 T = TypeVar("T")
-Ints = NDArray[np.int64]
 
 MAX_PERIOD = 10_000
-_ROUNDS = 8
-_MASK = (1 << 64) - 1
+_OF_BATCHES = 0xB0C4
+_WINDOWS_KEPT = 2
 
 
 class Slot(NamedTuple):
@@ -35,13 +35,39 @@ class Slot(NamedTuple):
     position: int
 
 
+class Indexed(Protocol):
+    """What a plan asks of a shard set."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def shard_sizes(self) -> list[int]: ...
+
+    @property
+    def n_heads(self) -> Any: ...
+
+
 class Plan:
     """The order of samples. `ratios` need not add up to 1; they are kept to within 1e-4 and exactly in each period.
 
-    Raises UsageError where a set is empty, a ratio is not positive (or below 1e-4 of all) or the batch is below 1.
+    block_shards, shard_sizes: shuffle by blocks of so many shards of each set (shard_sizes: one row a set), see
+    BlockShuffle; 0: a full shuffle. bucket_batches, heads: within every so many batches, samples of a set change places
+    so that a batch has images of about as many heads (heads: one row a set); the ratios of each batch stay. Both keep
+    every epoch exact. Raises UsageError where a set is empty, a ratio is not positive (or below 1e-4 of all), the batch
+    is below 1, or an option is negative.
     """
 
-    def __init__(self, sizes: Sequence[int], ratios: Sequence[float], seed: int, batch: int) -> None:
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        ratios: Sequence[float],
+        seed: int,
+        batch: int,
+        block_shards: int = 0,
+        shard_sizes: Sequence[Sequence[int]] = (),
+        bucket_batches: int = 0,
+        heads: Sequence[Sequence[int] | Ints] = (),
+    ) -> None:
         if not sizes or len(sizes) != len(ratios):
             raise UsageError(
                 f"{len(sizes)} shard sets with {len(ratios)} ratios: name at least one set, one ratio each"
@@ -51,9 +77,22 @@ class Plan:
                 raise UsageError(f"shard set {index} has no samples; leave it out of the mix")
         if batch < 1:
             raise UsageError(f"batch {batch}: at least one image is needed")
+        for name, value in (("block_shards", block_shards), ("bucket_batches", bucket_batches)):
+            if value < 0:
+                raise UsageError(f"{name} {value}: it must be 0 (off) or more")
         self.sizes = tuple(int(size) for size in sizes)
         self.ratios = tuple(float(ratio) for ratio in ratios)
         self.seed, self.batch = int(seed), int(batch)
+        self.block_shards, self.bucket_batches = int(block_shards), int(bucket_batches)
+        self.shuffles = [Shuffle(size) for size in self.sizes]
+        if block_shards:
+            self.shuffles = [BlockShuffle(sizes_, block_shards) for sizes_ in shard_sizes]
+        if tuple(shuffle.size for shuffle in self.shuffles) != self.sizes:
+            raise UsageError("block_shards needs the sizes of all shards of all sets")
+        if bucket_batches and tuple(map(len, heads)) != self.sizes:
+            raise UsageError("bucket_batches needs the number of heads of every sample")
+        self._heads = heads
+        self._windows: OrderedDict[int, Ints] = OrderedDict()
         self.weights = mix_weights(self.ratios)
         """Draws from each set in one period."""
         self.pattern = smooth_round_robin(self.weights)
@@ -61,26 +100,55 @@ class Plan:
         one_hot = self.pattern[:, None] == np.arange(len(self.sizes))
         self._before = np.vstack([np.zeros(len(self.sizes), np.int64), np.cumsum(one_hot, axis=0, dtype=np.int64)])
 
+    @classmethod
+    def of(cls, sets: Sequence[Indexed], ratios: Sequence[float], seed: int, batch: int, **options: int) -> "Plan":
+        """The plan over shard sets; options: block_shards, bucket_batches."""
+        shard_sizes, heads = [s.shard_sizes for s in sets], [s.n_heads for s in sets]
+        return cls([len(s) for s in sets], ratios, seed, batch, shard_sizes=shard_sizes, heads=heads, **options)
+
+    def options(self) -> dict[str, Any]:
+        """What Plan.of takes besides the sets."""
+        options = {name: getattr(self, name) for name in ("block_shards", "bucket_batches")}
+        return {"ratios": [*self.ratios], "seed": self.seed, "batch": self.batch} | options
+
     def batch_at(self, n: int) -> list[Slot]:
         """The B slots of global batch n, in order."""
-        return self.slots(range(n * self.batch, (n + 1) * self.batch))
+        return self.share_at(n, 0, 1)
 
     def share_at(self, n: int, rank: int, size: int) -> list[Slot]:
         """`rank`'s slots of global batch n: rank_share of batch_at(n), without working out the other ranks' slots."""
-        return self.slots(rank_share(range(n * self.batch, (n + 1) * self.batch), rank, size))
+        if not self.bucket_batches:
+            return _slots(self.draws(rank_share(range(n * self.batch, (n + 1) * self.batch), rank, size)))
+        window, place = divmod(n, self.bucket_batches)
+        whole = range(place * self.batch, (place + 1) * self.batch)
+        share = rank_share(whole, rank, size)
+        return _slots(self._window(window)[:, np.array(share)])
 
-    def slots(self, row: Sequence[int]) -> list[Slot]:
-        """The slots at the given positions of the stream."""
-        positions = np.asarray(row, np.int64)
+    def draws(self, positions: Sequence[int] | Ints) -> Ints:
+        """(4, P) set, sample, epoch and position of the given positions of the stream, before any bucketing."""
+        positions = np.asarray(positions, np.int64)
         period, phase = np.divmod(positions, len(self.pattern))
         sets = self.pattern[phase]
         draws = period * np.asarray(self.weights, np.int64)[sets] + self._before[phase, sets]
         epochs, places = np.divmod(draws, np.asarray(self.sizes, np.int64)[sets])
         samples = np.empty_like(places)
-        for set_, epoch in {(int(s), int(e)) for s, e in zip(sets, epochs, strict=True)}:
-            here = (sets == set_) & (epochs == epoch)
-            samples[here] = shuffled(places[here], self.sizes[set_], (self.seed, set_, epoch))
-        return [Slot(*row) for row in np.stack([sets, samples, epochs, positions], axis=1).tolist()]
+        for set_, shuffle in enumerate(self.shuffles):
+            of_set = sets == set_
+            for epoch in np.unique(epochs[of_set]).tolist():
+                here = of_set & (epochs == epoch)
+                samples[here] = shuffle.samples(places[here], (self.seed, set_, epoch))
+        return np.stack([sets, samples, epochs, positions])
+
+    def _window(self, window: int) -> Ints:
+        """(4, bucket_batches · B) the draws of one window of batches, bucketed."""
+        if window not in self._windows:
+            count = self.bucket_batches * self.batch
+            draws = self.draws(range(window * count, (window + 1) * count))
+            turns = shuffled(np.arange(self.bucket_batches), self.bucket_batches, (self.seed, window, _OF_BATCHES))
+            self._windows[window] = _bucketed(draws, self._heads, turns, self.batch)
+            if len(self._windows) > _WINDOWS_KEPT:
+                self._windows.popitem(last=False)
+        return self._windows[window]
 
     def epochs_at(self, n: int) -> list[float]:
         """How many epochs of each set have been drawn before global batch n."""
@@ -90,7 +158,31 @@ class Plan:
 
     def state(self, n: int) -> dict[str, Any]:
         """All that a resumed run needs to go on with global batch n, on any number of ranks and workers."""
-        return {"step": n, "seed": self.seed, "batch": self.batch, "sizes": [*self.sizes], "ratios": [*self.ratios]}
+        state = {"step": n, "seed": self.seed, "batch": self.batch, "sizes": [*self.sizes], "ratios": [*self.ratios]}
+        options = {"block_shards": self.block_shards, "bucket_batches": self.bucket_batches}
+        return state | {name: value for name, value in options.items() if value}
+
+
+def _slots(draws: Ints) -> list[Slot]:
+    return [Slot(*row) for row in draws.T.tolist()]
+
+
+def _bucketed(draws: Ints, heads: Sequence[Sequence[int] | Ints], turns: Ints, batch: int) -> Ints:
+    """`draws` (4, M·B) in another order: each set's, sorted by heads, are dealt to the batches in the order of `turns`.
+
+    Within a batch a set's draws keep the order of their positions, so ranks' shares stay as even as chance makes them.
+    """
+    result = np.empty_like(draws)
+    turn_of_batch = np.argsort(turns)
+    turn = turn_of_batch[np.arange(draws.shape[1]) // batch]
+    for set_ in np.unique(draws[0]).tolist():
+        places = np.flatnonzero(draws[0] == set_)
+        targets = places[np.argsort(turn[places], kind="stable")]
+        n_heads = np.asarray(heads[set_])[draws[1, places]]
+        dealt = places[np.argsort(n_heads, kind="stable")]
+        dealt = dealt[np.lexsort((dealt, turn[targets]))]
+        result[:, targets] = draws[:, dealt]
+    return result
 
 
 def mix_weights(ratios: Sequence[float]) -> tuple[int, ...]:
@@ -133,49 +225,6 @@ def smooth_round_robin(weights: tuple[int, ...]) -> Ints:
         credit[winner] -= period
     pattern.setflags(write=False)
     return pattern
-
-
-def shuffled(places: Ints, size: int, key: Sequence[int]) -> Ints:
-    """Where `places` of [0, size) stand after a shuffle keyed by `key`: one permutation of [0, size) for each key.
-
-    A Feistel network over [0, a) x [0, b), a·b just above `size`; values beyond `size` walk on until they fall within.
-    """
-    wide = isqrt(size - 1) + 1
-    tall = -(-size // wide)
-    base = mix(*key)
-    keys = [mix(base, turn) for turn in range(_ROUNDS)]
-    result = np.array(places, np.int64)
-    todo = np.ones(result.shape, bool)
-    while todo.any():
-        result[todo] = _feistel(result[todo], wide, tall, keys)
-        todo = result >= size
-    return result
-
-
-def _feistel(values: Ints, wide: int, tall: int, keys: Sequence[int]) -> Ints:
-    left, right = np.divmod(values.astype(np.uint64), np.uint64(tall))
-    for first, second in zip(keys[::2], keys[1::2], strict=True):
-        left = (left + _mix_array(right, first) % np.uint64(wide)) % np.uint64(wide)
-        right = (right + _mix_array(left, second) % np.uint64(tall)) % np.uint64(tall)
-    return (left * np.uint64(tall) + right).astype(np.int64)
-
-
-def mix(*values: int) -> int:
-    """Whole numbers to one well-mixed number of 64 bits (splitmix64's finaliser, chained)."""
-    state = 0
-    for value in values:
-        state = (state * 3 + value + 0x9E3779B97F4A7C15) & _MASK
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
-        state ^= state >> 31
-    return state
-
-
-def _mix_array(values: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:
-    state = values * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))
 
 
 def is_mirrored(seed: int, position: int) -> bool:

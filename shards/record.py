@@ -13,6 +13,7 @@ from shards import pose
 
 CONVENTION = "hpe-v1"
 _POSE_TOLERANCE_DEG = 0.1
+_ORTHONORMAL = 1e-4
 _LIMITS_DEG = {"yaw": 180.0, "pitch": 90.0, "roll": 180.0}
 _SIDE = re.compile(r"\b(left|right)(?=\b|most\b|wards?\b)", re.IGNORECASE)
 
@@ -46,10 +47,13 @@ class Image:
 
 @dataclass(frozen=True)
 class Head:
-    """One head: box in pixels (x0, y0, x1, y1), rotation (9 numbers, row by row) and its pose in degrees."""
+    """One head: box in pixels (x0, y0, x1, y1), and its rotation (9 numbers, row by row) or None where it is not known.
+
+    Heads without a rotation come from data sets of boxes; nobody is asked for their pose until a model has labelled it.
+    """
 
     bbox: tuple[float, float, float, float]
-    rotation: tuple[float, ...]
+    rotation: tuple[float, ...] | None
     visible: float = 1.0
     weak: bool = False
     confidence: float = 1.0
@@ -57,12 +61,14 @@ class Head:
 
     @property
     def matrix(self) -> pose.Array:
-        """(3, 3) head-to-camera rotation M."""
+        """(3, 3) head-to-camera rotation M. Raises ValueError where it is not known."""
+        if self.rotation is None:
+            raise ValueError("this head has no rotation")
         return np.asarray(self.rotation, dtype=float).reshape(3, 3)
 
     @property
     def pose_deg(self) -> pose.Array:
-        """(3,) yaw, pitch, roll."""
+        """(3,) yaw, pitch, roll. Raises ValueError where they are not known."""
         return pose.pose_from_rotation(self.matrix)
 
 
@@ -82,6 +88,11 @@ class Record:
     heads: list[Head] = field(default_factory=list)
     objects: list[Object] = field(default_factory=list)
 
+    @property
+    def poses_deg(self) -> pose.Array:
+        """(P, 3) yaw, pitch, roll of the heads whose rotation is known."""
+        return np.array([head.pose_deg for head in self.heads if head.rotation is not None]).reshape(-1, 3)
+
     def to_json(self) -> str:
         """The stored form; keys in a fixed order, numbers rounded, so equal records give equal bytes."""
         value = {
@@ -96,10 +107,7 @@ class Record:
         """The record of the image mirrored left to right: boxes, poses, camera and the words left and right."""
         width = self.image.width
         camera = self.image.camera and replace(self.image.camera, cx=width - self.image.camera.cx)
-        heads = [
-            replace(head, bbox=_mirror(head.bbox, width), rotation=tuple(pose.flip_rotation(head.matrix).flat))
-            for head in self.heads
-        ]
+        heads = [replace(head, bbox=_mirror(head.bbox, width), rotation=_flipped(head)) for head in self.heads]
         objects = [Object(mirror_words(o.expression), _mirror(o.bbox, width)) for o in self.objects]
         return Record(replace(self.image, camera=camera), heads, objects)
 
@@ -119,7 +127,7 @@ def from_json(text: str | bytes) -> Record:
     """Read and check a record. Raises RecordError; the caller adds shard and key."""
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RecordError(f"not JSON ({error}); rebuild the shard") from None
     try:
         return _record(value)
@@ -133,9 +141,7 @@ def _record(value: dict[str, Any]) -> Record:
     raw = dict(value["image"])
     camera = raw.pop("camera", None)
     image = Image(**raw, camera=Camera(**camera) if camera else None)
-    if image.width <= 0 or image.height <= 0:
-        raise RecordError(f"image size {image.width}x{image.height}: both sides must be positive")
-    _check_poses(value["heads"])
+    _check_image(image)
     heads = [_head(f"head {i}", head) for i, head in enumerate(value["heads"])]
     objects = [
         Object(str(o["expression"]), _box(f"object {i} ({o['expression']!r})", o["bbox"]))
@@ -144,31 +150,72 @@ def _record(value: dict[str, Any]) -> Record:
     return Record(image, heads, objects)
 
 
-def _check_poses(heads: list[dict[str, Any]]) -> None:
-    """Each head's rotation is one, its pose in range, and both are the same; all heads in one go, for speed."""
-    for i, head in enumerate(heads):
-        if np.size(head["rotation"]) != 9:
-            raise RecordError(f"head {i}: rotation {head['rotation']} is not a rotation matrix (9 numbers, row by row)")
-        for angle, limit in _LIMITS_DEG.items():
-            if not abs(head["pose"][angle]) <= limit:
-                raise RecordError(f"head {i}: {angle} {head['pose'][angle]} deg is outside [-{limit:g}, {limit:g}]")
-    rotations = np.array([head["rotation"] for head in heads], dtype=float).reshape(-1, 3, 3)
-    triples = np.array([[head["pose"][angle] for angle in _LIMITS_DEG] for head in heads], dtype=float).reshape(-1, 3)
-    sound = pose.is_rotation(rotations)
-    gaps_deg = pose.geodesic_deg(pose.rotation_from_pose(*triples.T), rotations)
-    for i, head in enumerate(heads):
-        if not sound[i]:
-            rule = "is not a rotation matrix (orthonormal, det +1)"
-            raise RecordError(f"head {i}: rotation {head['rotation']} {rule}")
-        if gaps_deg[i] > _POSE_TOLERANCE_DEG:
-            said = f"pose {head['pose']} and rotation differ by {gaps_deg[i]:.2f} deg"
-            raise RecordError(f"head {i}: {said}; they must be one pose")
+def _check_image(image: Image) -> None:
+    for side in (image.width, image.height):
+        if type(side) is not int or side <= 0:
+            raise RecordError(f"image size {image.width}x{image.height}: both sides must be positive whole numbers")
+    for name in (image.source, image.id, image.subject):
+        if type(name) is not str:
+            raise RecordError(f"image source, id and subject must be text, one is {name!r}")
+    camera = image.camera
+    if camera is not None and not all(map(math.isfinite, (camera.fx, camera.fy, camera.cx, camera.cy))):
+        raise RecordError(f"{camera}: its numbers must be finite")
+
+
+def _rotation(name: str, value: list[Any] | None, triple: dict[str, float] | None) -> tuple[float, ...] | None:
+    """The rotation, checked: it is one, the pose is in range, and both are the same.
+
+    Plain floats: for the few heads of one image numpy and scipy would cost ten times as much.
+    """
+    if value is None or triple is None:
+        if value is not None or triple is not None:
+            raise RecordError(f"{name}: of rotation and pose one is null; both or none must be")
+        return None
+    flat = [entry for row in value for entry in row] if len(value) == 3 and isinstance(value[0], list) else value
+    if len(flat) != 9:
+        raise RecordError(f"{name}: rotation {value} is not a rotation matrix (9 numbers, row by row)")
+    rotation = tuple(map(float, flat))
+    for angle, limit in _LIMITS_DEG.items():
+        if not abs(triple[angle]) <= limit:
+            raise RecordError(f"{name}: {angle} {triple[angle]} deg is outside [-{limit:g}, {limit:g}]")
+    if not _is_rotation(rotation):
+        raise RecordError(f"{name}: rotation {value} is not a rotation matrix (orthonormal, det +1)")
+    meant = _rotation_from_pose(*(math.radians(triple[angle]) for angle in _LIMITS_DEG))
+    # As in pose.geodesic_deg: 2·asin(|A - B|_F / (2·√2)).
+    gap_deg = math.degrees(2.0 * math.asin(min(math.dist(meant, rotation) / math.sqrt(8.0), 1.0)))
+    if gap_deg > _POSE_TOLERANCE_DEG:
+        raise RecordError(f"{name}: pose {triple} and rotation differ by {gap_deg:.2f} deg; they must be one pose")
+    return rotation
+
+
+def _is_rotation(m: tuple[float, ...]) -> bool:
+    a, b, c, d, e, f, g, h, i = m
+    sound = (
+        abs(a * a + b * b + c * c - 1.0) <= _ORTHONORMAL
+        and abs(d * d + e * e + f * f - 1.0) <= _ORTHONORMAL
+        and abs(g * g + h * h + i * i - 1.0) <= _ORTHONORMAL
+        and abs(a * d + b * e + c * f) <= _ORTHONORMAL
+        and abs(a * g + b * h + c * i) <= _ORTHONORMAL
+        and abs(d * g + e * h + f * i) <= _ORTHONORMAL
+    )
+    return sound and a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g) > 0.0
+
+
+def _rotation_from_pose(yaw: float, pitch: float, roll: float) -> tuple[float, ...]:
+    """Radians to Rx(-pitch) · Ry(yaw) · Rz(roll), row by row, written out."""
+    cy, sy, cp, sp = math.cos(yaw), math.sin(yaw), math.cos(pitch), math.sin(pitch)
+    cr, sr = math.cos(roll), math.sin(roll)
+    return (
+        *(cy * cr, -cy * sr, sy),
+        *(cp * sr - sp * sy * cr, cp * cr + sp * sy * sr, sp * cy),
+        *(-sp * sr - cp * sy * cr, -sp * cr + cp * sy * sr, cp * cy),
+    )
 
 
 def _head(name: str, value: dict[str, Any]) -> Head:
     return Head(
         bbox=_box(name, value["bbox"]),
-        rotation=tuple(map(float, np.ravel(value["rotation"]))),
+        rotation=_rotation(name, value["rotation"], value["pose"]),
         visible=_share(name, "visible", value["visible"]),
         weak=bool(value.get("weak", False)),
         confidence=_share(name, "confidence", value.get("confidence", 1.0)),
@@ -193,20 +240,27 @@ def _mirror(box: tuple[float, float, float, float], width: int) -> tuple[float, 
     return (width - box[2], box[1], width - box[0], box[3])
 
 
+def _flipped(head: Head) -> tuple[float, ...] | None:
+    return None if head.rotation is None else tuple(pose.flip_rotation(head.matrix).flat)
+
+
 def _head_dict(head: Head) -> dict[str, Any]:
-    rotation = _rounded(head.rotation, 7)
-    # The pose of the rounded rotation, so that a record read and written again has the same bytes.
-    triple = pose.pose_from_rotation(np.reshape(rotation, (3, 3)))
-    yaw, pitch, roll = _rounded(pose.wrap_deg(np.round(triple, 4)), 4)
+    rotation = None if head.rotation is None else _rounded(head.rotation, 7)
     return {
         "bbox": _rounded(head.bbox, 2),
         "rotation": rotation,
-        "pose": {"yaw": yaw, "pitch": pitch, "roll": roll},
+        "pose": rotation and _pose_dict(rotation),
         "visible": round(float(head.visible), 4),
         "weak": head.weak,
         "confidence": round(float(head.confidence), 4),
         "subject": head.subject,
     }
+
+
+def _pose_dict(rotation: list[float]) -> dict[str, float]:
+    """The pose of the rounded rotation, so that a record read and written again has the same bytes."""
+    triple = pose.pose_from_rotation(np.reshape(rotation, (3, 3)))
+    return dict(zip(_LIMITS_DEG, _rounded(pose.wrap_deg(np.round(triple, 4)), 4), strict=True))
 
 
 def _rounded(values: Any, digits: int) -> list[float]:

@@ -4,24 +4,32 @@ One item of the loader is one rank's share of one global batch, so workers can o
 which samples are in it or in which order they come. The whole state of a stream is the number of the next batch.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import count
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
 from launcher.errors import UsageError, UserError
+from shards.augment import Augment, Change
+from shards.fetch import fetch_in_order
 from shards.index import SampleError, ShardSet
-from shards.plan import Plan, Slot, consecutive_batches, is_mirrored, rank_share
+from shards.pixels import SizeError
+from shards.pixels import decode_image as decode_image
+from shards.pixels import decode_pixels as decode_pixels
+from shards.pixels import resize as resize
+from shards.plan import Plan, Slot, consecutive_batches, rank_share
 from shards.record import Record
 
 if TYPE_CHECKING:
     import torch
 
 OnBadSample = Literal["fail", "skip"]
-T = TypeVar("T")
-_PREFETCH = 2
+View: TypeAlias = "Callable[[np.ndarray, Record], torch.Tensor]"
+"""What else may be made of an image (H, W, 3) and its record: any uint8 tensor, such as crops of its heads."""
+MOST_BAD_IN_A_ROW = 100
+_AS_STORED = Augment()
 
 
 @dataclass(frozen=True)
@@ -31,20 +39,34 @@ class Item:
     slot: Slot
     key: str
     image: "torch.Tensor | None"
-    """(3, S, S) uint8, RGB."""
+    """(3, S, S) uint8, RGB; or what a view made of it."""
     record: Record | None
-    """Boxes and camera in pixels of the stored image, mirrored if `mirrored`."""
+    """Boxes and camera in pixels of the stored image, or of the crop that augmentation made of it."""
     mirrored: bool = False
     problem: str = ""
     """Why it was skipped."""
 
 
-class Stream:
-    """Yields (n, items) for n = start, start + 1, … without end: `rank`'s share of global batch n, in the plan's order.
+class Batch(tuple[int, list[Item]]):
+    """One rank's share of one global batch; unpacks as (n, items)."""
 
-    image_size: side S in pixels; None reads and checks the bytes but decodes no image. workers: reader processes (0:
-    decode in this one). Bad samples raise UserError, or with "skip" leave a hole and are counted in `skipped`. With
-    `flip` a fair coin of (seed, position) mirrors a sample: image, boxes, poses and the words left and right.
+    state: dict[str, Any]
+    """What a run that has taken this batch needs to go on after it, on any number of ranks and workers."""
+
+    def __new__(cls, n: int, items: list[Item], state: dict[str, Any]) -> "Batch":
+        batch = super().__new__(cls, (n, items))
+        batch.state = state
+        return batch
+
+
+class Stream:
+    """Yields Batch (n, items) for n = start, start + 1, … without end: `rank`'s share of global batch n, in plan order.
+
+    image_size: side S in pixels; None reads and checks the bytes but decodes no image; or a view, a function that can
+    be pickled, of images as they are stored. workers: reader processes (0: decode in this one). Bad samples raise
+    UserError, or with "skip" leave a hole and are counted in `skipped`; a hundred of them in a row are no bad luck and
+    raise UserError too. augment: what may happen to images and records. pin: images lie in page-locked memory where
+    there is CUDA.
     """
 
     def __init__(
@@ -53,26 +75,34 @@ class Stream:
         plan: Plan,
         rank: int,
         size: int,
-        image_size: int | None,
+        image_size: "int | View | None",
         start: int = 0,
         workers: int = 0,
         on_bad_sample: OnBadSample = "fail",
-        flip: bool = False,
+        augment: Augment | None = None,
+        pin: bool = False,
     ) -> None:
         if tuple(map(len, sets)) != plan.sizes:
             raise UsageError(f"shard sets of {[*map(len, sets)]} samples, but the plan is for {[*plan.sizes]}")
         if not 0 <= rank < size:
             raise UsageError(f"rank {rank} of {size}: ranks count from 0")
         rank_share(range(plan.batch), rank, size)
+        if callable(image_size) and augment not in (None, _AS_STORED):
+            raise UsageError("a view of images as they are stored is not augmented; leave augment out")
         self.skipped = 0
-        self._start, self._workers = start, workers
+        self._plan, self._start, self._workers, self._pin = plan, start, workers, pin
         reader = Reader(list(sets), image_size, on_bad_sample)
-        self._fetch = _PlannedBatch(reader, plan, rank, size, flip)
+        self._fetch = _PlannedBatch(reader, plan, rank, size, augment or Augment())
 
-    def __iter__(self) -> Iterator[tuple[int, list[Item]]]:
-        for n, items in fetch_in_order(self._fetch, lambda: count(self._start), self._workers):
-            self.skipped += sum(item.record is None for item in items)
-            yield n, items
+    def __iter__(self) -> Iterator[Batch]:
+        bad_in_a_row = 0
+        for n, items in fetch_in_order(self._fetch, lambda: count(self._start), self._workers, self._pin):
+            for item in items:
+                bad_in_a_row = bad_in_a_row + 1 if item.record is None else 0
+                self.skipped += item.record is None
+                if bad_in_a_row >= MOST_BAD_IN_A_ROW:
+                    raise UserError(f"{bad_in_a_row} bad samples in a row are not skipped; the last: {item.problem}")
+            yield Batch(n, items, self._plan.state(n + 1))
 
 
 def read_all(
@@ -80,66 +110,77 @@ def read_all(
     rank: int,
     size: int,
     batch: int,
-    image_size: int | None,
+    image_size: "int | View | None",
     workers: int = 0,
     limit: int | None = None,
     on_bad_sample: OnBadSample = "fail",
+    only: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, list[Item]]]:
-    """Every sample once, for evaluation: yields (b, items) for the batches b that are `rank`'s (b mod size).
+    """Every sample once, for evaluation: yields (b, items) for the batches b that are `rank`'s, dealt round-robin.
 
     Batch b is samples [b·batch, (b+1)·batch) in the order of keys, whatever the ranks; the last may be smaller. `limit`
-    takes the first so many samples. Slots count positions in key order. Ranks may get one batch more or less.
+    takes the first so many samples, `only` these batches alone. Slots count positions in key order. Ranks may get one
+    batch more or less.
     """
     order = shard_set.key_order()[:limit]
     batches = consecutive_batches(len(order), batch)
     fetch = _EvaluationBatch(Reader([shard_set], image_size, on_bad_sample), order, batches)
-    return fetch_in_order(fetch, lambda: range(rank, len(batches), size), workers)
+    dealt = range(len(batches)) if only is None else only
+    return fetch_in_order(fetch, lambda: dealt[rank::size], workers)
 
 
 class Reader:
     """Reads slots into items; the part of a stream that runs in the workers."""
 
-    def __init__(self, sets: list[ShardSet], image_size: int | None, on_bad_sample: OnBadSample) -> None:
-        self._sets, self._image_size = sets, image_size
+    def __init__(self, sets: list[ShardSet], image_size: "int | View | None", on_bad_sample: OnBadSample) -> None:
+        self.sets, self._image_size = sets, image_size
         self._skips = on_bad_sample == "skip"
 
-    def item(self, slot: Slot, mirrored: bool = False) -> Item:
+    def item(self, slot: Slot, augment: Augment, seed: int) -> Item:
         """The sample of `slot`. Raises UserError where it is bad and bad samples are not skipped."""
-        shard_set = self._sets[slot.set]
+        shard_set = self.sets[slot.set]
         try:
             stored = shard_set.read(slot.sample)
             known = shard_set.parse(slot.sample, stored.json)
+            change = augment.at(seed, slot.position, known)
             image = None
             if self._image_size is not None:
-                image = self._image(shard_set, slot.sample, stored.image, stored.extension, known)
+                image = self._image(shard_set, slot.sample, stored.image, stored.extension, known, change)
         except SampleError as error:
             if not self._skips:
                 raise
-            return Item(slot, error.key, None, None, mirrored, str(error))
-        if mirrored:
-            known, image = known.mirrored(), None if image is None else image.flip(-1)
-        return Item(slot, stored.key, image, known, mirrored)
+            return Item(slot, error.key, None, None, problem=str(error))
+        return Item(slot, stored.key, image, change.record(known), change.mirrored)
 
-    def _image(self, shard_set: ShardSet, i: int, data: bytes, extension: str, known: Record) -> "torch.Tensor":
+    def _image(
+        self, shard_set: ShardSet, i: int, data: bytes, extension: str, known: Record, change: Change
+    ) -> "torch.Tensor":
         try:
-            pixels = decode_pixels(data, extension)
+            pixels = decode_pixels(data, extension, (known.image.width, known.image.height))
+        except SizeError as error:
+            raise shard_set.sample_error(i, str(error)) from None
         except ValueError as error:
             raise shard_set.sample_error(i, f"the {extension} does not decode ({error})") from None
-        height, width = pixels.shape[:2]
-        if (width, height) != (known.image.width, known.image.height):
-            said = f"{known.image.width}x{known.image.height}"
-            raise shard_set.sample_error(i, f"the image is {width}x{height}, its record says {said}")
-        return resize(pixels, self._image_size or width)
+        if callable(self._image_size):
+            return self._image_size(pixels, known)
+        return change.finish(resize(change.cut(pixels), self._image_size or len(pixels)))
 
 
 class _PlannedBatch:
-    def __init__(self, reader: Reader, plan: Plan, rank: int, size: int, flip: bool) -> None:
-        self._reader, self._plan, self._rank, self._size, self._flip = reader, plan, rank, size, flip
+    def __init__(self, reader: Reader, plan: Plan, rank: int, size: int, augment: Augment) -> None:
+        self._reader, self._plan, self._rank, self._size, self._augment = reader, plan, rank, size, augment
 
     def __call__(self, n: int) -> list[Item]:
         share = self._plan.share_at(n, self._rank, self._size)
-        seed = self._plan.seed
-        return [self._reader.item(slot, self._flip and is_mirrored(seed, slot.position)) for slot in share]
+        return [self._reader.item(slot, self._augment, self._plan.seed) for slot in share]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A plan may hold the heads of all samples: a worker makes its own, over the same mapped index.
+        return (_planned_batch, (self._reader, self._plan.options(), self._rank, self._size, self._augment))
+
+
+def _planned_batch(reader: Reader, options: dict[str, Any], rank: int, size: int, augment: Augment) -> _PlannedBatch:
+    return _PlannedBatch(reader, Plan.of(reader.sets, **options), rank, size, augment)
 
 
 class _EvaluationBatch:
@@ -147,132 +188,6 @@ class _EvaluationBatch:
         self._reader, self._order, self._batches = reader, order, batches
 
     def __call__(self, b: int) -> list[Item]:
-        return [self._reader.item(Slot(0, int(self._order[place]), 0, place)) for place in self._batches[b]]
-
-
-def fetch_in_order(
-    fetch: Callable[[int], list[Item]], numbers: Callable[[], Iterable[int]], workers: int
-) -> Iterator[tuple[int, list[Item]]]:
-    """Yield (n, fetch(n)) for each of numbers(), in their order; with workers > 0 they are fetched ahead in processes.
-
-    The processes come from a fork server that has torch loaded: forking the training process itself would copy its
-    threads' locks (CUDA, NCCL, OpenMP) in whatever state they are, and a fresh interpreter for each worker costs
-    seconds and an import of torch each.
-    """
-    if workers == 0:
-        for n in numbers():
-            yield n, fetch(n)
-        return
-    loader = _loader(_Fetching(fetch), numbers, workers)
-    try:
-        for n, batch in zip(numbers(), loader, strict=True):
-            yield n, batch.items()
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        first_line = str(error).splitlines()[0]
-        raise UserError(
-            f"a reader process died ({first_line}); give it more memory or /dev/shm, or fewer workers"
-        ) from None
-
-
-def _loader(dataset: "_Fetching", numbers: Callable[[], Iterable[int]], workers: int) -> Any:
-    import multiprocessing
-
-    from torch.utils.data import DataLoader
-
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.utils.data", "shards.stream"])
-    return DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=_Numbers(numbers()),
-        num_workers=workers,
-        prefetch_factor=_PREFETCH,
-        multiprocessing_context=context,
-    )
-
-
-class _Numbers(Generic[T]):
-    """What a loader takes for a sampler: any iterable, here without end."""
-
-    def __init__(self, numbers: Iterable[T]) -> None:
-        self._numbers = numbers
-
-    def __iter__(self) -> Iterator[T]:
-        return iter(self._numbers)
-
-
-class _Fetching:
-    def __init__(self, fetch: Callable[[int], list[Item]]) -> None:
-        self._fetch = fetch
-
-    def __getitem__(self, n: int) -> "_Sent":
-        # The loader would turn an exception into its traceback as text; sent as a value it stays one line.
-        try:
-            return _Sent(self._fetch(n))
-        except UserError as error:
-            return _Sent([], error)
-
-
-class _Sent:
-    """A batch on its way between processes: one tensor for all images, as each tensor costs a file descriptor."""
-
-    def __init__(self, items: list[Item], error: UserError | None = None) -> None:
-        import torch
-
-        self._error = error
-        self._seen = [item.image is not None for item in items]
-        images = [item.image for item in items if item.image is not None]
-        self._images = torch.stack(images) if images else None
-        self._items = [replace(item, image=None) for item in items]
-
-    def items(self) -> list[Item]:
-        """The batch as it was. Raises the UserError that fetching it raised."""
-        if self._error is not None:
-            raise self._error
-        images = iter(()) if self._images is None else iter(self._images)
         return [
-            replace(item, image=next(images)) if seen else item
-            for item, seen in zip(self._items, self._seen, strict=True)
+            self._reader.item(Slot(0, int(self._order[place]), 0, place), _AS_STORED, 0) for place in self._batches[b]
         ]
-
-
-def decode_image(data: bytes, extension: str, size_px: int) -> "torch.Tensor":
-    """Encoded image to (3, size_px, size_px) uint8 RGB. Raises ValueError for bytes that do not decode."""
-    return resize(decode_pixels(data, extension), size_px)
-
-
-def decode_pixels(data: bytes, extension: str) -> np.ndarray:
-    """Encoded image to (H, W, 3) uint8 RGB; JPEG by simplejpeg at full size, others by Pillow.
-
-    Raises ValueError for bytes that do not decode.
-    """
-    if extension == "jpg":
-        import simplejpeg
-
-        if simplejpeg.decode_jpeg_header(data)[2] not in ("CMYK", "YCCK"):
-            pixels: np.ndarray = simplejpeg.decode_jpeg(data, colorspace="RGB")
-            return pixels
-    import io
-
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return np.array(image.convert("RGB"))
-    except Exception as error:
-        # Damaged bytes make Pillow raise SyntaxError, zlib.error, struct.error, … as well as OSError.
-        raise ValueError(str(error) or type(error).__name__) from None
-
-
-def resize(pixels: np.ndarray, size_px: int) -> "torch.Tensor":
-    """(H, W, 3) uint8 to (3, size_px, size_px) uint8: antialiased bicubic, both sides squeezed to the same length."""
-    import torch
-
-    image = torch.from_numpy(pixels).permute(2, 0, 1)
-    if image.shape[1:] != (size_px, size_px):
-        # channels_last in, as decoded: torch's fast path for uint8; within 2 grey levels of Pillow.
-        square = (size_px, size_px)
-        image = torch.nn.functional.interpolate(image[None], square, mode="bicubic", antialias=True)[0]
-    return image.contiguous()

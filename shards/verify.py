@@ -12,9 +12,9 @@ from launcher import files
 from launcher.comm import Comm
 from launcher.progress import Progress
 from shards.index import SampleError, ShardSet, open_set
+from shards.part import pose_histogram
+from shards.pixels import decode_pixels
 from shards.record import Record
-from shards.stream import decode_pixels
-from shards.write import pose_histogram
 
 _OUTSIDE_PX = 1.0
 _NAMED = 5
@@ -158,8 +158,7 @@ def _check_members(tar: Path, keys: list[str]) -> list[str]:
 def _check_sample(shard_set: ShardSet, i: int, poses: list[np.ndarray]) -> Iterator[str]:
     stored = shard_set.read(i)
     known = shard_set.parse(i, stored.json)
-    if known.heads:
-        poses.append(np.array([head.pose_deg for head in known.heads]))
+    poses.append(known.poses_deg)
     indexed = (int(shard_set.arrays["n_heads"][i]), int(shard_set.arrays["n_objects"][i]))
     if indexed != (len(known.heads), len(known.objects)):
         yield f"{len(known.heads)} heads and {len(known.objects)} objects, the index says {indexed[0]} and {indexed[1]}"

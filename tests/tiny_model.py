@@ -70,3 +70,25 @@ def _teach(model: CogVLMForCausalLM, tokenizer, shard_set: Path, steps: int, tas
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+
+
+def small_config() -> CogVLMConfig:
+    """A CogVLM of 73,000 weights whose every size is another one, some of them odd: pieces of them need padding."""
+    vision = {
+        "hidden_size": 25,
+        "num_hidden_layers": 2,
+        "num_heads": 1,
+        "intermediate_size": 35,
+        "image_size": 70,
+        "patch_size": 14,
+        "num_positions": 26,
+    }
+    return CogVLMConfig(
+        vocab_size=41,
+        hidden_size=32,
+        intermediate_size=45,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=0.1,
+        vision_config=vision,
+    )

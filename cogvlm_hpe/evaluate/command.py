@@ -32,6 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="questions decoded at once: bounds memory (default: %(default)s)",
     )  # fmt: skip
     add("--max-new-tokens", type=_positive, default=48, metavar="N", help="end of an answer (default: %(default)s)")
+    add(
+        "--decode", choices=("greedy", "expectation"), default="greedy",
+        help="expectation: a valid pose is the mean over the distribution of its digits (default: %(default)s)",
+    )  # fmt: skip
     add("--tasks", type=_tasks, default=list(TASKS), metavar="A,B", help=f"of {','.join(TASKS)} (default: all)")
     add("--workers", type=int, default=0, metavar="N", help="reader processes per rank (default: %(default)s)")
     add(
@@ -111,7 +115,8 @@ def _judge_one(
     import torch
 
     from cogvlm_hpe.evaluate import reduce
-    from cogvlm_hpe.evaluate.decode import Decoding, decode_set
+    from cogvlm_hpe.evaluate.answer import Decoding
+    from cogvlm_hpe.evaluate.decode import decode_set
     from cogvlm_hpe.model.load import load
 
     start_s = time.time()
@@ -119,7 +124,7 @@ def _judge_one(
     if dtype == "auto":
         dtype = "fp32" if device == "cpu" else "bf16"
     loaded = load(args.model, adapter, device=device, dtype=torch.float32 if dtype == "fp32" else torch.bfloat16)
-    decoding = Decoding(args.max_new_tokens, args.questions)
+    decoding = Decoding(args.max_new_tokens, args.questions, args.decode)
     rows, n_images = decode_set(
         loaded, shard_set, comm, args.tasks, decoding,
         batch=args.batch, limit=args.limit, workers=args.workers, description=name,

@@ -5,7 +5,6 @@ visible; boxes are pixels of the stored image.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from cogvlm_hpe import asking, dialogue
 from cogvlm_hpe.asking import Question
 from cogvlm_hpe.dialogue import Task
 from cogvlm_hpe.evaluate import metrics
+from cogvlm_hpe.evaluate.answer import Answer, Decoding, answer
 from cogvlm_hpe.evaluate.live import Totals
 from cogvlm_hpe.evaluate.reduce import collect
 from cogvlm_hpe.evaluate.summary import ANGLES, Row
@@ -28,14 +28,6 @@ if TYPE_CHECKING:
     from cogvlm_hpe.model.load import Loaded
 
 _DIGITS = 4
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How answers are made: greedy, at most `max_new_tokens` each, `questions` at a time (this bounds memory)."""
-
-    max_new_tokens: int = 48
-    questions: int = 64
 
 
 def questions(key: str, record: Record, tasks: Sequence[Task], notes: dict[str, Any]) -> list[Row]:
@@ -76,18 +68,21 @@ def _height(head: Head, record: Record) -> float:
     return round((head.bbox[3] - head.bbox[1]) / record.image.height, _DIGITS)
 
 
-def judge(row: Row, text: str, answer_format: dialogue.AnswerFormat) -> Row:
+def judge(row: Row, given: Answer, answer_format: dialogue.AnswerFormat) -> Row:
     """The row with the answer: its text, which format it has, what was read from it, and its errors.
 
-    Errors are null where there is nothing to measure: a pose question answered by anything but a valid pose, a box
-    question by anything but valid boxes (the first one counts).
+    An expected pose, where the answer has one, counts instead of the text's, and its confidence is kept. Errors are
+    null where there is nothing to measure: a pose question answered by anything but a valid pose, a box question by
+    anything but valid boxes (the first one counts).
     """
+    text, extra = given.text, {} if given.confidence is None else {"confidence": round(given.confidence, _DIGITS)}
     parsed = dialogue.parse(text, answer_format)
     value: Any = None
     errors: dict[str, Any] | None = None
     if row["task"] == "pose" and parsed.pose_deg is not None:
-        value = dict(zip(ANGLES, parsed.pose_deg, strict=True))
-        errors = _pose_errors(parsed.pose_deg, [row["truth"][angle] for angle in ANGLES])
+        pose_deg = parsed.pose_deg if given.pose_deg is None else _rounded(given.pose_deg)
+        value = dict(zip(ANGLES, pose_deg, strict=True))
+        errors = _pose_errors(pose_deg, [row["truth"][angle] for angle in ANGLES])
     elif row["task"] == "where" and parsed.boxes:
         sides = np.array([*row["size"], *row["size"]], dtype=float)
         value = [_rounded(np.array(box) * sides) for box in parsed.boxes]
@@ -95,7 +90,7 @@ def judge(row: Row, text: str, answer_format: dialogue.AnswerFormat) -> Row:
     elif row["task"] in ("what", "facing", "tags"):
         value = " ".join(text.split())
         errors = {"exact": value == row["truth"]}
-    return row | {"text": text, "kind": parsed.kind, "parsed": value, "errors": errors}
+    return row | {"text": text, "kind": parsed.kind, "parsed": value, "errors": errors} | extra
 
 
 def _pose_errors(predicted: Sequence[float], truth: Sequence[float]) -> dict[str, float]:
@@ -125,14 +120,17 @@ def decode_batch(loaded: "Loaded", items: Sequence[Item], tasks: Sequence[Task],
         part = asked[start : start + decoding.questions]
         needed = sorted({number for number, _ in part})
         pixels = torch.stack([image for number in needed if (image := items[number].image) is not None])
-        texts = answer_texts(
+        answers = answer(
             loaded,
             normalise(pixels).to(weight.device, weight.dtype),
             [needed.index(number) for number, _ in part],
+            [row["task"] for _, row in part],
             [row["question"] for _, row in part],
-            decoding.max_new_tokens,
+            decoding,
         )
-        rows += [judge(row, text, loaded.notes["answer_format"]) for (_, row), text in zip(part, texts, strict=True)]
+        rows += [
+            judge(row, given, loaded.notes["answer_format"]) for (_, row), given in zip(part, answers, strict=True)
+        ]
     return rows
 
 
@@ -168,16 +166,6 @@ def decode_set(
             bar.advance(totals.reduce(comm))
             bar.update(totals.text())
     return collect(parts, n_batches, comm), n_images
-
-
-def answer_texts(
-    loaded: "Loaded", pixel_values: Any, image_index: Sequence[int], texts: Sequence[str], max_new_tokens: int
-) -> list[str]:
-    """Greedy answers to `texts`; `pixel_values` (I, 3, S, S) normalised, `image_index[r]` the image of question r."""
-    tokenizer = loaded.tokenizer
-    prompts = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
-    answers = loaded.model.answer(pixel_values, image_index, prompts, max_new_tokens)
-    return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
 
 
 def _rounded(values: Any) -> list[float]:

@@ -32,6 +32,24 @@ def geodesic_errors_deg(predicted: Array, truth: Array) -> Array:
     return pose.geodesic_deg(rotations(predicted), rotations(truth))
 
 
+def axis_errors_deg(predicted: Array, truth: Array) -> Array:
+    """(n, 3, 3) and (n, 3, 3) rotations to (n,): mean angle between the three axes of the head, true and predicted.
+
+    Its mean over heads is the MAEV of TriNet (Cao et al., A Vector-based Representation to Enhance Head Pose
+    Estimation, WACV 2021).
+    """
+    cosines = np.einsum("nij,nij->nj", np.asarray(predicted, dtype=float), np.asarray(truth, dtype=float))
+    return np.degrees(np.arccos(np.clip(cosines, -1.0, 1.0))).mean(axis=1)
+
+
+def alignment(predicted: Array, truth: Array) -> Array:
+    """The one (3, 3) turn Q of the head's axes for which predicted · Q is nearest to truth, both (n, 3, 3).
+
+    Two data sets rarely mean the same "straight ahead" (arXiv 2401.05807): Q takes out what is constant in that.
+    """
+    return constant_pose(np.swapaxes(np.asarray(predicted, dtype=float), 1, 2) @ np.asarray(truth, dtype=float))
+
+
 def rotations(triples_deg: Array) -> Array:
     """(n, 3) yaw, pitch, roll to (n, 3, 3)."""
     triples = np.asarray(triples_deg, dtype=float).reshape(-1, 3)

@@ -11,7 +11,13 @@ from cogvlm_hpe.evaluate.results import CONSTANT, Result, by_set
 from cogvlm_hpe.evaluate.summary import KINDS, Row, pose_triples
 from launcher.errors import UserError
 
-_KIND_COLOURS = {"pose": "#2a9d8f", "box": "#4c78a8", "blended": "#d62828", "other": "#b0b0b0"}
+_KIND_COLOURS = {
+    "pose": "#2a9d8f",
+    "box": "#4c78a8",
+    "blended": "#d62828",
+    "out_of_range": "#e9a03b",
+    "other": "#b0b0b0",
+}
 _GREY = "#999999"
 _MOST_SYSTEMS = 6
 _LABEL_CHARACTERS = 24
@@ -100,7 +106,7 @@ def answer_formats(results: Sequence[Result]) -> bytes | None:
         labels = [f"{_short(result.name)}, {result.set_name}" for result in bars]
         left = np.zeros(len(bars))
         for kind in KINDS:
-            shares = np.array([result.tasks[task]["format"][kind] for result in bars])
+            shares = np.array([result.tasks[task]["format"].get(kind, 0.0) for result in bars])
             axis.barh(range(len(bars)), shares, left=left, color=_KIND_COLOURS[kind], label=kind)
             left += shares
         axis.set_yticks(range(len(bars)), labels)

@@ -9,16 +9,20 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cogvlm_hpe.evaluate import metrics
 from cogvlm_hpe.evaluate.metrics import Array
 from shards import pose
 
 Row = dict[str, Any]
-KINDS = ("pose", "box", "blended", "other")
+Mask = NDArray[np.bool_]
+KINDS = ("pose", "box", "blended", "out_of_range", "other")
 ANGLES = ("yaw", "pitch", "roll")
 IOU_HIT = 0.5
 _DIGITS = 6
+_NARROW_DEG = 90.0
+_AFLW2000_DEG = 99.0
 
 
 def summarise(rows: Iterable[Row]) -> dict[str, Any]:
@@ -37,7 +41,7 @@ def summarise(rows: Iterable[Row]) -> dict[str, Any]:
 
 
 def format_shares(rows: Sequence[Row]) -> dict[str, float]:
-    """Share of all answers that are a valid pose, valid boxes, a blend of both, or neither."""
+    """Share of each kind (docs/answers.md) among all answers."""
     return {kind: sum(row["kind"] == kind for row in rows) / len(rows) for kind in KINDS}
 
 
@@ -66,17 +70,67 @@ def _pose_scores(rows: list[Row]) -> dict[str, Any]:
         "n": len(rows),
         "n_valid": int(valid.sum()),
         "format": format_shares(rows),
-        "valid": _errors(
-            predicted[valid], truth[valid], [g for g, ok in zip(groups, valid.tolist(), strict=True) if ok]
-        ),
+        "valid": _errors(predicted[valid], truth[valid], _chosen(groups, valid)),
         "all": _errors(charged, truth, groups),
         "constant_pose": {
             "pose": dict(zip(ANGLES, constant.tolist(), strict=True)),
             **_errors(np.broadcast_to(constant, truth.shape), truth, groups),
         },
+        "protocols": _protocols(charged, truth, valid, groups),
+        "aligned": _aligned(predicted[valid], truth[valid], _chosen(groups, valid)),
+        "front_back": _front_back(predicted, truth),
         "by_yaw": _bins(np.abs(truth[:, 0]), metrics.YAW_EDGES_DEG, error, floor, groups),
         "by_size": _bins(sizes, metrics.SIZE_EDGES, error, floor, groups),
     }
+
+
+def _protocols(charged: Array, truth: Array, valid: Mask, groups: list[str]) -> dict[str, Any]:
+    """Errors on the parts of a set that published numbers are about; all of it is DirectMHP's `full`."""
+    yaw = np.abs(truth[:, 0])
+    parts = {
+        "narrow": yaw < _NARROW_DEG,
+        "backward": yaw > _NARROW_DEG,
+        "aflw2000": (np.abs(truth) <= _AFLW2000_DEG).all(axis=1),
+    }
+    return {
+        name: {
+            "n": int(part.sum()),
+            "n_valid": int((part & valid).sum()),
+            "valid": _errors(charged[part & valid], truth[part & valid], _chosen(groups, part & valid)),
+            "all": _errors(charged[part], truth[part], _chosen(groups, part)),
+        }
+        for name, part in parts.items()
+    }
+
+
+def _aligned(predicted: Array, truth: Array, groups: list[str]) -> dict[str, Any]:
+    """Errors of valid answers after the one turn of the head's axes that suits them best, and that turn's angle."""
+    if len(truth) == 0:
+        return {"turn_deg": None, **_errors(predicted, truth, groups)}
+    before = metrics.rotations(predicted)
+    turn = metrics.alignment(before, metrics.rotations(truth))
+    return {
+        "turn_deg": float(pose.geodesic_deg(turn, np.eye(3))),
+        **_errors(pose.pose_from_rotation(before @ turn), truth, groups),
+    }
+
+
+def _front_back(predicted: Array, truth: Array) -> dict[str, dict[str, int]]:
+    """Heads that face the camera or not (rows), by what was answered (columns)."""
+    answered = np.where(np.isnan(predicted[:, 0]), "none", _sides(predicted))
+    true = _sides(truth)
+    return {
+        side: {said: int(((true == side) & (answered == said)).sum()) for said in ("front", "back", "none")}
+        for side in ("front", "back")
+    }
+
+
+def _sides(triples: Array) -> NDArray[np.str_]:
+    return np.where(np.abs(triples[:, 0]) <= _NARROW_DEG, "front", "back")
+
+
+def _chosen(groups: list[str], mask: Mask) -> list[str]:
+    return [group for group, inside in zip(groups, mask.tolist(), strict=True) if inside]
 
 
 def _errors(predicted: Array, truth: Array, groups: list[str]) -> dict[str, Any]:
@@ -86,6 +140,7 @@ def _errors(predicted: Array, truth: Array, groups: list[str]) -> dict[str, Any]
         return {
             "geodesic": {**empty, "median": None, **{f"p{p}": None for p in metrics.PERCENTILES}},
             "mae": {**dict.fromkeys(ANGLES), **empty},
+            "maev": empty,
         }
     geodesic = metrics.geodesic_errors_deg(predicted, truth)
     angles = metrics.angle_errors_deg(predicted, truth)
@@ -100,13 +155,14 @@ def _errors(predicted: Array, truth: Array, groups: list[str]) -> dict[str, Any]
             **dict(zip(ANGLES, angles.mean(axis=0).tolist(), strict=True)),
             **_estimate(angles.mean(axis=1), groups),
         },
+        "maev": _estimate(metrics.axis_errors_deg(metrics.rotations(predicted), metrics.rotations(truth)), groups),
     }
 
 
 def _bins(values: Array, edges: Sequence[float], error: Array, floor: Array, groups: list[str]) -> list[dict[str, Any]]:
     result = []
     for low, high, mask in metrics.bin_masks(values, edges):
-        inside = [g for g, here in zip(groups, mask, strict=True) if here]
+        inside = _chosen(groups, mask)
         scores: dict[str, Any] = {"geodesic_mean": None, "ci95": None, "constant_pose": None}
         if inside:
             estimate = _estimate(error[mask], inside)

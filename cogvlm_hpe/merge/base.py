@@ -2,47 +2,45 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from cogvlm_hpe.merge.factors import Adapter, Factor
-from cogvlm_hpe.model.fingerprint import fingerprint, tensor_files
+from cogvlm_hpe.model.fingerprint import fingerprint
+from cogvlm_hpe.model.weights import open_weights
 from launcher.errors import UserError
 
 _BLOCK_BYTES = 64 * 2**20
 
 
 class Base:
-    """A base folder in Hugging Face form: one safetensors file, or several with an index."""
+    """A base folder in any form that `open_weights` reads."""
 
     def __init__(self, path: Path) -> None:
-        """Find which file holds which tensor. Raises UserError where the folder holds no safetensors."""
+        """Open the weights without reading them. Raises UserError where the folder holds no base."""
         self.path = Path(path)
-        self._files = tensor_files(self.path)
+        self.weights = open_weights(self.path)
+        self._names = set(self.weights.names())
 
     def rows(self, layer: str, factor: Factor) -> Iterator[tuple[int, torch.Tensor]]:
         """(first row, block of rows) of `layer`'s weight, of at most 64 MiB in float64.
 
         Raises UserError where the base has no such layer or its shape is not the factor's.
         """
-        from safetensors import safe_open
-
         name = f"{layer}.weight"
-        if name not in self._files:
+        if name not in self._names:
             raise UserError(f"adapter layer {layer} is not in base {self.path}: the adapter belongs to another base")
-        with safe_open(self._files[name], framework="pt") as tensors:
-            weight: Any = tensors.get_slice(name)
-            n_out, n_in = weight.get_shape()
-            wanted = (factor.b.shape[0], factor.a.shape[1])
-            if (n_out, n_in) != wanted:
-                raise UserError(
-                    f"layer {layer}: the base's weight is {n_out}x{n_in}, the adapter's {wanted[0]}x{wanted[1]}; "
-                    "the adapter belongs to another base"
-                )
-            step = max(1, _BLOCK_BYTES // (8 * n_in))
-            for start in range(0, n_out, step):
-                yield start, weight[start : start + step]
+        n_out, n_in = self.weights.shape(name)
+        wanted = (factor.b.shape[0], factor.a.shape[1])
+        if (n_out, n_in) != wanted:
+            raise UserError(
+                f"layer {layer}: the base's weight is {n_out}x{n_in}, the adapter's {wanted[0]}x{wanted[1]}; "
+                "the adapter belongs to another base"
+            )
+        step = max(1, _BLOCK_BYTES // (8 * n_in))
+        for start in range(0, n_out, step):
+            stop = min(n_out, start + step)
+            yield start, self.weights.flat(name, start * n_in, stop * n_in).reshape(-1, n_in)
 
 
 def check_fingerprint(base: Base, adapter: Adapter) -> str | None:

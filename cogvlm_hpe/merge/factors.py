@@ -140,10 +140,12 @@ def _pattern(config: Mapping[str, Any], key: str, name: str, default: Any) -> An
     return pattern.get(get_pattern_key(list(pattern), name), default)
 
 
-def write_adapter(folder: Path, factors: Factors, like: Adapter, base: Path, merge: Mapping[str, Any]) -> None:
+def write_adapter(
+    folder: Path, factors: Factors, like: Adapter, base: Path, merge: Mapping[str, Any] | None = None
+) -> None:
     """Write `factors` into an existing `folder` as an adapter that plain `peft.PeftModel.from_pretrained` loads.
 
-    Config and hpe.json are those of `like`, with the explicit list of layers, and `merge` recorded in hpe.json.
+    Config and hpe.json are those of `like`, with the explicit list of layers; a `merge` is recorded in hpe.json.
     """
     from safetensors.torch import save_file
 
@@ -158,7 +160,7 @@ def write_adapter(folder: Path, factors: Factors, like: Adapter, base: Path, mer
         | {"base_model_name_or_path": str(base)}
     )
     _write_json(folder / ADAPTER_CONFIG, config)
-    _write_json(folder / HPE_CONFIG, like.hpe | {"merge": dict(merge)})
+    _write_json(folder / HPE_CONFIG, like.hpe | ({"merge": dict(merge)} if merge else {}))
 
 
 def _layers_config(factors: Factors, rslora: bool) -> dict[str, Any]:

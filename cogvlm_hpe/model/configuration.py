@@ -1,6 +1,6 @@
 """The numbers that make a CogVLM: decoder, experts and vision tower."""
 
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedConfig
 
@@ -10,7 +10,7 @@ class CogVLMConfig(PreTrainedConfig):
 
     Defaults are those of cogvlm-grounding-generalist (490 px, 17.6 B parameters). `vision_config` keys: hidden_size,
     num_hidden_layers, num_heads, intermediate_size, image_size, patch_size, in_channels, num_positions,
-    layer_norm_eps, hidden_act.
+    layer_norm_eps, hidden_act. `rope_dtype` bfloat16 makes the rounded rotary table that CogVLM was trained with.
     """
 
     model_type = "cogvlm"
@@ -31,11 +31,17 @@ class CogVLMConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
     use_cache: bool = True
     template_version: str = "base"
+    rope_dtype: Literal["float32", "bfloat16"] = "float32"
     vision_config: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.vision_config = VISION_DEFAULTS | (self.vision_config or {})
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def named(cls, name: str) -> "CogVLMConfig":
+        """A published configuration by its name, one of `PUBLISHED`. Raises KeyError."""
+        return cls(**PUBLISHED[name])
 
     @property
     def image_tokens(self) -> int:
@@ -57,3 +63,13 @@ VISION_DEFAULTS: dict[str, Any] = {
     "hidden_act": "gelu",
     "dropout_prob": 0.0,
 }
+
+_SMALL_IMAGE = {"vision_config": {"image_size": 224, "num_positions": 257}}
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "cogvlm-grounding-generalist": {"template_version": "base"},
+    "cogvlm-chat": {"template_version": "chat"},
+    "cogvlm-base-490": {"template_version": "base"},
+    "cogvlm-base-224": {"template_version": "base"} | _SMALL_IMAGE,
+}
+"""What sets the published checkpoints apart; everything else is the default. `tiny` is packaged with its weights."""

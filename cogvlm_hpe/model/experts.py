@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cogvlm_hpe.model.configuration import CogVLMConfig
 
@@ -36,18 +37,17 @@ class PrefixRouting:
 
 @dataclass
 class IndexRouting:
-    """Any order of text and images: row-major indices of each expert's tokens, found once a batch."""
+    """Any order of text and images: row-major indices of each expert's tokens, and what undoes their joining."""
 
     language: Tensor
     vision: Tensor
+    back: Tensor
 
     def __call__(self, x_BLD: Tensor, language: Transform, vision: Transform) -> Tensor:
         """Each expert on its tokens; both are called even when one has none, as ZeRO-3 needs."""
         flat = x_BLD.flatten(0, 1)
         joined = torch.cat([language(flat[self.language]), vision(flat[self.vision])])
-        back = torch.empty(len(joined), dtype=torch.long, device=joined.device)
-        back[torch.cat([self.language, self.vision])] = torch.arange(len(joined), device=joined.device)
-        return joined[back].view(*x_BLD.shape[:2], -1)
+        return joined[self.back].view(*x_BLD.shape[:2], -1)
 
 
 def unadapted(module: nn.Module) -> nn.Module:
@@ -55,10 +55,17 @@ def unadapted(module: nn.Module) -> nn.Module:
     return getattr(module, "base_layer", module)
 
 
-def rope_table(positions: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, (…, E) float32, of positions (…): "rotate half" rotary embedding (RoFormer, Llama's layout)."""
+def rope_table(
+    positions: Tensor, head_width: int, theta: float, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, (…, E), of positions (…): "rotate half" rotary embedding (RoFormer, Llama's layout).
+
+    In bfloat16 it is the table CogVLM was trained with: frequencies, positions and their products each rounded, so
+    that angles are off by 0.02 rad at position 16 and positions above 256 collide.
+    """
     exponents = torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32) / head_width
-    angles = positions[..., None].float() / theta**exponents
+    frequencies = (1.0 / theta**exponents).to(dtype)
+    angles = positions[..., None].to(dtype) * frequencies
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 
@@ -100,7 +107,8 @@ class ExpertAttention(nn.Module):
         of = _same if adapted else unadapted
         qkv = routing(x_BLD, of(self.language_expert_query_key_value), self.vision_expert_query_key_value)
         qkv = qkv.view(*x_BLD.shape[:2], 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
-        return qkv[0], qkv[1], qkv[2]
+        # A view would keep all of qkv alive for as long as the values are: three times their size.
+        return qkv[0], qkv[1], qkv[2].contiguous()
 
     def merge(self, heads_BALE: Tensor, routing: Callable, adapted: bool) -> Tensor:
         """(B, A, L, E) to (B, L, D)."""
@@ -138,7 +146,7 @@ class ExpertMLP(nn.Module):
         return routing(x_BLD, lambda x: self.language_mlp(x, adapted), self.vision_mlp)
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(GradientCheckpointingLayer):
     """Pre-norm Llama layer with experts. `adapted` false leaves every adapter out (scope `text` on the prefix)."""
 
     def __init__(self, config: CogVLMConfig) -> None:

@@ -3,11 +3,10 @@
 import hashlib
 import json
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 
-from safetensors import safe_open
-
-from launcher.errors import UserError
+from cogvlm_hpe.model.weights import Weights, open_weights
 
 _SAMPLES = 64  # values of each tensor that enter the hash
 _CONFIG_KEYS = (
@@ -24,42 +23,24 @@ _CONFIG_KEYS = (
 def fingerprint(folder: Path) -> str:
     """Hex digest of a base: config, and of each tensor name, shape, dtype and values at fixed places.
 
-    Reads a few pages of each tensor, not the tensors. Raises UserError where the folder holds no safetensors.
+    The same for the Hugging Face and the SAT form of one base; of an unmerged SAT LoRA, that of its base. Reads a few
+    pages of each tensor, not the tensors. Raises UserError where the folder holds no base.
     """
+    return fingerprint_of(open_weights(folder))
+
+
+def fingerprint_of(weights: Weights) -> str:
+    """As `fingerprint`, of weights that are open already."""
     import torch
 
-    config = json.loads((folder / "config.json").read_text())
-    digest = hashlib.sha256(json.dumps({key: config.get(key) for key in _CONFIG_KEYS}).encode())
-    where = tensor_files(folder)
-    for name in sorted(n for n in where if not n.endswith("rotary_emb.inv_freq")):
-        with safe_open(where[name], framework="pt") as file:
-            view = file.get_slice(name)
-            shape = view.get_shape()
-            rows = view[: max(1, _SAMPLES // max(1, _row_size(shape)))] if shape else file.get_tensor(name)
-            values = rows.reshape(-1)[:_SAMPLES].contiguous()
-            last = (view[shape[0] - 1 :] if shape else rows).reshape(-1)[-_SAMPLES:].contiguous()
-        digest.update(f"{name} {tuple(shape)} {values.dtype}".encode())
-        digest.update(values.view(torch.uint8).numpy().tobytes() + last.view(torch.uint8).numpy().tobytes())
+    said = {key: getattr(weights.config, key) for key in _CONFIG_KEYS}
+    digest = hashlib.sha256(json.dumps(said).encode())
+    for name in weights.names():
+        shape = weights.shape(name)
+        row, total = prod(shape[1:]), prod(shape)
+        first = min(total, _SAMPLES, max(1, _SAMPLES // row) * row)
+        head = weights.flat(name, 0, first).contiguous()
+        tail = weights.flat(name, total - min(row if shape else 1, _SAMPLES), total).contiguous()
+        digest.update(f"{name} {shape} {weights.dtype(name)}".encode())
+        digest.update(head.view(torch.uint8).numpy().tobytes() + tail.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name to the safetensors file that holds it. Raises UserError."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{folder}: no *.safetensors there; a base folder holds config.json and its weights")
-    where: dict[str, Path] = {}
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                where |= dict.fromkeys(file.keys(), path)
-        except Exception as error:
-            raise UserError(f"{path}: not a whole safetensors file ({error}); copy it again") from None
-    return where
-
-
-def _row_size(shape: list[int]) -> int:
-    size = 1
-    for side in shape[1:]:
-        size *= side
-    return size

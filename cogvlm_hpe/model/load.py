@@ -1,27 +1,31 @@
 """From a folder to a model: bases, adapters on them, and what the folder says about both."""
 
 import json
+import re
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from transformers.utils import logging
+from torch import nn
 
 from cogvlm_hpe.dialogue import DEFAULT_PROMPTS
 from cogvlm_hpe.model.configuration import CogVLMConfig
 from cogvlm_hpe.model.fingerprint import fingerprint
 from cogvlm_hpe.model.modeling import CogVLMForCausalLM
-from cogvlm_hpe.model.tokenizer import FILE_NAME as TOKENIZER_FILE
 from cogvlm_hpe.model.tokenizer import load_tokenizer
+from cogvlm_hpe.model.weights import HF_CONFIG, SAT_CONFIG, Weights, open_weights
 from launcher.errors import UserError
 
 ADAPTER_CONFIG = "adapter_config.json"
 NOTES_FILE = "hpe.json"
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""By the names that configs use."""
 _PACKAGED = Path(__file__).parent.parent / "configs"
-
-logging.disable_progress_bar()
+_GROUPS_SAID = 4  # of each kind of wrong tensor, so that a message stays readable
 
 
 @dataclass
@@ -34,12 +38,13 @@ class Loaded:
 
 
 def resolve_base(name: str | Path) -> Path:
-    """A base folder by path, or by the name of a packaged one (`tiny`). Raises UserError."""
+    """A base folder, Hugging Face's or SAT's, by path or by the name of a packaged one (`tiny`). Raises UserError."""
     for folder in (Path(name), _PACKAGED / str(name)):
-        if (folder / "config.json").is_file():
+        if any((folder / file).is_file() for file in (HF_CONFIG, SAT_CONFIG)):
             return folder
     packaged = sorted(p.parent.name for p in _PACKAGED.glob("*/config.json"))
-    raise UserError(f"{name}: no base model there (no config.json); name its folder, or one of {', '.join(packaged)}")
+    said = f"no base model there (no {HF_CONFIG} or {SAT_CONFIG})"
+    raise UserError(f"{name}: {said}; name its folder, or one of {', '.join(packaged)}")
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -65,45 +70,89 @@ def base_of(adapter: str | Path) -> Path:
     return resolve_base(value["base_model_name_or_path"])
 
 
-def load_base(folder: Path, dtype: torch.dtype = torch.float32) -> CogVLMForCausalLM:
-    """The base's weights, every name matched. Raises UserError listing missing and unexpected names."""
-    config = read_config(folder)
-    try:
-        model, info = CogVLMForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, output_loading_info=True, local_files_only=True
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{folder}: the weights cannot be read ({_first_line(error)})") from None
-    wrong = [f"{kind} {sorted(info[kind])[:3]}" for kind in ("missing_keys", "unexpected_keys") if info[kind]]
-    if wrong:
-        raise UserError(f"{folder}: not the weights its config.json describes ({'; '.join(wrong)})")
+def load_base(
+    folder: Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", *, own: bool = False
+) -> CogVLMForCausalLM:
+    """The base with its weights, made without memory and filled tensor by tensor; in evaluation mode.
+
+    On the CPU, where `dtype` is the file's, a parameter is a view of the mapped file: nothing is copied, and all
+    processes of a machine share its pages. Such memory is for frozen weights; `own` copies what will be trained.
+    Raises UserError where the folder does not hold exactly the model's tensors, before any of them is read.
+    """
+    weights = open_weights(folder)
+    model = empty_model(weights.config, dtype)
+    check_tensors(weights, model)
+    state = {name: weights.read(name).to(device, dtype, copy=own) for name in weights.names()}
+    model.load_state_dict(state, assign=True)
+    model.config.name_or_path = str(folder)
     return model
 
 
-def read_config(folder: Path) -> CogVLMConfig:
-    """config.json, which as published has no model_type. Raises UserError."""
-    try:
-        value = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'config.json'}: cannot be read ({_first_line(error)})") from None
-    return CogVLMConfig(**{key: v for key, v in value.items() if key not in ("auto_map", "model_type")})
+def empty_model(config: CogVLMConfig, dtype: torch.dtype) -> CogVLMForCausalLM:
+    """A model in evaluation mode whose parameters have shapes and no memory yet (device `meta`)."""
+    config.dtype = dtype
+    with torch.device("meta"):
+        model = CogVLMForCausalLM(config).to(dtype)
+    lost = [name for name, _ in model.named_buffers()]
+    assert not lost, f"buffers {lost}: have no values on device meta and come from no file; compute them in the call"
+    return model.eval()
+
+
+def check_tensors(weights: Weights, model: nn.Module) -> None:
+    """Raise UserError unless the folder holds exactly the model's tensors in their shapes; nothing is read."""
+    wanted = {name: _sides(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: _sides(weights.shape(name)) for name in weights.names()}
+    other = {n: f"{found[n]}, not {wanted[n]}" for n in wanted.keys() & found.keys() if found[n] != wanted[n]}
+    wrong = {
+        "missing": dict.fromkeys(wanted.keys() - found.keys(), ""),
+        "unexpected": dict.fromkeys(found.keys() - wanted.keys(), ""),
+        "of another shape": other,
+    }
+    said = [f"{kind} {_grouped(tensors)}" for kind, tensors in wrong.items() if tensors]
+    if said:
+        raise UserError(
+            f"{weights.folder}: not the tensors its config describes: {'; '.join(said)}; "
+            "take config and weights of one model, and all files of it"
+        )
+
+
+def _grouped(tensors: Mapping[str, str]) -> str:
+    """Names with what is said of each, layers folded: `model.layers.*.mlp.x.weight (8×4, not 4×8) ×32, …`."""
+    counts = Counter((re.sub(r"\.\d+\.", ".*.", name), remark) for name, remark in sorted(tensors.items()))
+    words = [
+        name + (f" ({remark})" if remark else "") + (f" ×{count}" if count > 1 else "")
+        for (name, remark), count in counts.items()
+    ]
+    more = [f"{len(words) - _GROUPS_SAID} more kinds"] if len(words) > _GROUPS_SAID else []
+    return ", ".join(words[:_GROUPS_SAID] + more)
+
+
+def _sides(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape)) or "scalar"
 
 
 def load(
-    name: str | Path, adapter: str | Path | None = None, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+    name: str | Path,
+    adapter: str | Path | None = None,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    tokenizer: str | Path | None = None,
 ) -> Loaded:
     """A base, an adapter folder (it names its base), or a base with `adapter` on it; in evaluation mode.
 
-    Raises UserError where a folder is missing, or an adapter was made on another base.
+    `tokenizer` is its folder where that is neither the base's nor the one the adapter names. Raises UserError where a
+    folder is missing, or an adapter was made on another base.
     """
     if adapter is None and is_adapter(name):
         adapter, name = name, base_of(name)
     folder = resolve_base(name)
-    model = load_base(folder, dtype)
+    model = load_base(folder, dtype, device)
     notes = read_notes(folder if adapter is None else adapter)
     if adapter is not None:
         put_adapter(model, Path(adapter), folder, notes)
-    return Loaded(model.to(device).eval(), load_tokenizer(_tokenizer_folder(folder, notes)), notes)
+    where = tokenizer or _tokenizer_folder(folder, notes)
+    return Loaded(model.to(device).eval(), load_tokenizer(Path(where), model.config.vocab_size), notes)
 
 
 def put_adapter(model: CogVLMForCausalLM, adapter: Path, base: Path, notes: dict[str, Any]) -> None:
@@ -131,7 +180,8 @@ def put_adapter(model: CogVLMForCausalLM, adapter: Path, base: Path, notes: dict
 
 
 def _tokenizer_folder(base: Path, notes: dict[str, Any]) -> Path:
-    return base if (base / TOKENIZER_FILE).is_file() else Path(notes.get("tokenizer") or base)
+    trained_with = Path(notes.get("tokenizer") or base)
+    return trained_with if trained_with.exists() else base
 
 
 def _first_line(error: Exception) -> str:

@@ -6,6 +6,7 @@ Shapes: B images, S image side in px, N patches = (S / patch)², C vision width,
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cogvlm_hpe.model.configuration import CogVLMConfig
 
@@ -58,7 +59,7 @@ class VisionMLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class VisionLayer(nn.Module):
+class VisionLayer(GradientCheckpointingLayer):
     """A block whose norms stand after its branches: x + LN(attention(x)), then x + LN(mlp(x))."""
 
     def __init__(self, vision: dict) -> None:

@@ -1,15 +1,17 @@
-"""LoRA by peft: which layers, which tokens, and what is saved."""
+"""LoRA by peft: which layers, which tokens, what trains, and what is saved."""
 
 import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from cogvlm_hpe.config import AdapterConfig
-from cogvlm_hpe.model.load import ADAPTER_CONFIG, read_notes
+from cogvlm_hpe.config import AdapterConfig, RunConfig
+from cogvlm_hpe.model.load import ADAPTER_CONFIG, DTYPES, empty_model, read_notes, resolve_base
 from cogvlm_hpe.model.modeling import CogVLMForCausalLM
+from cogvlm_hpe.model.weights import read_config
 from launcher.errors import UsageError, UserError
 
 _LAYER = r"model\.layers\.\d+\."
@@ -24,6 +26,18 @@ TARGETS = {
     "glue": r"model\.vision\.linear_proj\.(linear_proj|gate_proj|dense_h_to_4h|dense_4h_to_h)",
 }
 """Names a config may use for groups of linear layers."""
+
+_REST = {
+    "embedding": r"model\.embed_tokens",
+    "head": r"lm_head",
+    "norms": rf"(?:{_LAYER}(?:input|post_attention)_layernorm|model\.norm)",
+    "vit.norms": _VIT_LAYER + r"(?:input|post_attention)_layernorm",
+    "patches": r"model\.vision\.patch_embedding(?:\.proj|\.position_embedding)?",
+    "ends": r"model\.vision",  # boi and eoi
+    "glue.norm": r"model\.vision\.linear_proj\.norm1",
+    "auxiliary": r"dense\.\w+",
+}
+"""What trains besides when a whole model does."""
 
 PREFIX = "base_model.model."
 """What plain peft puts before a module's name in an adapter file."""
@@ -58,7 +72,7 @@ def add_lora(model: CogVLMForCausalLM, config: AdapterConfig, base: str) -> Lora
     )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    inject_adapter_in_model(lora, model)
+    inject_adapter_in_model(lora, model, low_cpu_mem_usage=model.device.type == "meta")
     model.adapter_scope = config.scope
     if config.init:
         _start_from(model, config, lora)
@@ -92,6 +106,65 @@ def _start_from(model: CogVLMForCausalLM, config: AdapterConfig, lora: LoraConfi
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters that train, by name, in the model's order."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+@dataclass(frozen=True)
+class TrainableRow:
+    """Parameters of one group (a name in TARGETS, or what else a whole model has) and one dtype."""
+
+    group: str
+    layers: int  # transformer layers it lies in; 1 for what stands outside of them
+    tensors: int
+    parameters: int
+    dtype: str
+
+
+def trainable_table(model: nn.Module) -> list[TrainableRow]:
+    """What trains, by group in the model's order; whole numbers also where ZeRO-3 has split the parameters."""
+    found: dict[tuple[str, str], list[tuple[str, int]]] = {}
+    for name, parameter in trainable(model).items():
+        key = (_group(name), str(parameter.dtype).removeprefix("torch."))
+        found.setdefault(key, []).append((name, _count(parameter)))
+    return [
+        TrainableRow(group, len({_place(name) for name, _ in of}), len(of), sum(count for _, count in of), dtype)
+        for (group, dtype), of in found.items()
+    ]
+
+
+def trainable_text(model: nn.Module) -> str:
+    """The table for people, with the share of all parameters that trains."""
+    rows = trainable_table(model)
+    total, trained = sum(_count(p) for p in model.parameters()), sum(row.parameters for row in rows)
+    lines = [("trains", "layers", "tensors", "parameters", "dtype")]
+    lines += [(r.group, str(r.layers), str(r.tensors), f"{r.parameters:,}", r.dtype) for r in rows]
+    text = [f"{a:<20} {b:>6} {c:>7} {d:>14}  {e}".rstrip() for a, b, c, d, e in lines]
+    return "\n".join([*text, f"{trained:,} of {total:,} parameters train ({trained / total:.3%})"])
+
+
+def count_trainable(config: RunConfig) -> str:
+    """The table of a config; no weight is read and no memory taken for one. Raises UserError or UsageError."""
+    model = empty_model(read_config(resolve_base(config.model.base)), DTYPES[config.model.dtype])
+    if config.adapter is not None:
+        add_lora(model, replace(config.adapter, init=None), config.model.base)
+    return trainable_text(model)
+
+
+def _group(name: str) -> str:
+    owner = re.sub(r"(\.lora_[AB]\.\w+)?\.\w+$", "", name)
+    for group, pattern in (TARGETS | _REST).items():
+        if re.search(rf"(?:^|\.){pattern}$", owner):
+            return group
+    return "other"
+
+
+def _place(name: str) -> str:
+    """The transformer layer a parameter lies in, or nothing."""
+    found = re.search(r"^.*?\blayers\.\d+\.", name)
+    return found.group() if found else ""
+
+
+def _count(parameter: nn.Parameter) -> int:
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def peft_name(name: str) -> str:

@@ -58,7 +58,7 @@ def dense_targets(records: Sequence[Record | None], side: int) -> DenseTargets:
             colour[number, inside] = colour_index
             box[number, inside] = corners - centre[inside].repeat(1, 2)
             axes[number, inside] = rotation
-            if kind_index == KINDS.index("head"):
+            if rotation.isfinite().all():
                 facing[number, inside] = torch.tensor(facing_choices((-rotation[2::3]).tolist()))
             digits[number, inside] = _written(corners)
     return DenseTargets(kind, colour, box, axes, digits, facing)
@@ -72,7 +72,7 @@ def _written(corners: Tensor) -> Tensor:
 def _things(record: Record) -> list[tuple[Tensor, int, int, Tensor]]:
     scale = torch.tensor([record.image.width, record.image.height] * 2, dtype=torch.float)
     out = [
-        (torch.tensor(h.bbox, dtype=torch.float) / scale, 1, -100, torch.tensor(h.rotation, dtype=torch.float))
+        (torch.tensor(h.bbox, dtype=torch.float) / scale, 1, -100, torch.tensor(h.rotation or [torch.nan] * 9))
         for h in record.heads
     ]
     for thing in record.objects:

@@ -15,7 +15,7 @@ from cogvlm_hpe import asking
 from cogvlm_hpe.asking import Question
 from cogvlm_hpe.config import ModelConfig
 from cogvlm_hpe.dialogue import Task
-from cogvlm_hpe.model.modeling import IGNORE
+from cogvlm_hpe.model.layout import IGNORE
 from shards.record import Record
 from shards.stream import Item
 
@@ -31,6 +31,7 @@ class Batch:
     pixel_values: Tensor  # (I, 3, S, S) float, normalised
     image_index: Tensor  # (R,)
     input_ids: Tensor  # (R, L)
+    attention_mask: Tensor  # (R, L) 1 on real tokens
     labels: Tensor  # (R, L)
     boxes: Tensor  # (R, 4) what each question is about: x0, y0, x1, y1 in image sides
     tasks: list[Task]  # R long; empty when there is no answer
@@ -102,6 +103,7 @@ class Collator:
             pixel_values=normalise(images),
             image_index=torch.tensor(index),
             input_ids=_pad(rows, self.pad),
+            attention_mask=_pad([[1] * len(row) for row in rows], 0),
             labels=_pad(labels, IGNORE),
             boxes=torch.tensor(boxes, dtype=torch.float),
             tasks=[question.task for _, question in asked],

@@ -1,6 +1,6 @@
 """`cogvlm-hpe train`: one rank's work, started by a launcher."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ class Flags:
     resume: bool
     allow_change: bool
     check: bool
+    print_trainable: bool
 
 
 HELP = "train an adapter, or a whole base: one rank's work, started by a launcher"
@@ -41,6 +42,7 @@ def make_parser(prog: str = "cogvlm-hpe train") -> Any:
     parser.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint of run_dir")
     parser.add_argument("--allow-change", action="store_true", help="resume although keys changed that matter")
     parser.add_argument("--check", action="store_true", help="check config and command line, and leave")
+    parser.add_argument("--print-trainable", action="store_true", help="count what would train, by group, and leave")
     parser.add_class_arguments(RunConfig)
     return parser
 
@@ -52,7 +54,7 @@ def parse(argv: list[str]) -> tuple[RunConfig, Flags]:
     parser = make_parser()
     try:
         namespace = parser.parse_args(argv)
-        flags = Flags(*(namespace.pop(name) for name in ("resume", "allow_change", "check")))
+        flags = Flags(*(namespace.pop(f.name) for f in fields(Flags)))
         namespace.pop("config")
         built = parser.instantiate(namespace)
         config = RunConfig(**vars(built))
@@ -73,6 +75,11 @@ def main(argv: list[str]) -> int:
     """Parse, set up, loop."""
     config, flags = parse(argv)
     if flags.check:
+        return 0
+    if flags.print_trainable:
+        from cogvlm_hpe.train.adapter import count_trainable
+
+        print(count_trainable(config))
         return 0
     stop = StopFlag()
 

@@ -5,15 +5,17 @@ float32 tensors by name, so that any world size and any ZeRO stage can go on fro
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cogvlm_hpe.config import RunConfig, TrainConfig
+from cogvlm_hpe.model.load import DTYPES
 from cogvlm_hpe.train.adapter import trainable
 from cogvlm_hpe.train.muon import Muon
+from cogvlm_hpe.train.partition import is_split, rank_device
 from launcher.comm import Comm
 from launcher.errors import UserError
 
@@ -42,6 +44,20 @@ def make_optimizer(parameters: dict[str, nn.Parameter], train: TrainConfig) -> t
     return torch.optim.AdamW(parameters.values(), lr=train.lr, betas=train.betas, weight_decay=train.weight_decay)
 
 
+def deepspeed_config(config: RunConfig, accumulation: int) -> dict[str, Any]:
+    """What DeepSpeed is told, by the engine and by a base that is split before there is one."""
+    train = config.train
+    return {
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": train.clip,
+        "bf16": {"enabled": config.model.dtype == "bf16"},
+        "zero_optimization": {"stage": train.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,  # what is worth saying goes through our own monitor
+    }
+
+
 class Engine:
     """The trained module and its optimizer under ZeRO."""
 
@@ -50,25 +66,15 @@ class Engine:
 
         self.comm = comm
         self.parameters = trainable(module)
+        _leave_frozen_alone(module)
+        _bring_to_working_form(self.parameters.values(), config)
         train = config.train
         self.engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=make_optimizer(self.parameters, train),
-            config=self._deepspeed_config(config, accumulation),
+            config=deepspeed_config(config, accumulation),
             dist_init_required=False,
         )
-
-    def _deepspeed_config(self, config: RunConfig, accumulation: int) -> dict[str, Any]:
-        train = config.train
-        return {
-            "train_micro_batch_size_per_gpu": train.micro_batch,
-            "gradient_accumulation_steps": accumulation,
-            "gradient_clipping": train.clip,
-            "bf16": {"enabled": config.model.dtype == "bf16"},
-            "zero_optimization": {"stage": train.zero_stage},
-            "zero_allow_untested_optimizer": True,
-            "steps_per_print": 10**9,  # what is worth saying goes through our own monitor
-        }
 
     def set_lr(self, lr: float) -> None:
         """Learning rate of the next step."""
@@ -160,3 +166,21 @@ class Engine:
     def _adam_steps(self) -> list[Tensor]:
         optimizer = getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
         return [state["step"] for state in optimizer.state.values() if "step" in state]
+
+
+def _leave_frozen_alone(module: nn.Module) -> None:
+    """Keep DeepSpeed from sending rank 0's frozen weights to all ranks: each has read the same files itself.
+
+    Besides the time, the write would turn a mapped base, which a machine's ranks share, into a copy for each of them.
+    """
+    for parameter in module.parameters():
+        if not parameter.requires_grad:
+            parameter.ds_optim_param = True  # what DeepSpeed's broadcast looks for
+
+
+def _bring_to_working_form(parameters: Iterable[nn.Parameter], config: RunConfig) -> None:
+    """Beside a base that is split already DeepSpeed neither casts nor moves what came after it: adapters, read-outs."""
+    if config.train.zero_stage == 3:
+        for parameter in parameters:
+            if not is_split(parameter):
+                parameter.data = parameter.data.to(rank_device(), DTYPES[config.model.dtype])

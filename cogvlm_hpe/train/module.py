@@ -26,12 +26,13 @@ class TrainedModule(nn.Module):
         """Sum of the answers' losses (0-d), each branch's loss (R,), and the auxiliary loss summed over images."""
         if self.auxiliary is not None and self.auxiliary.tower_only:
             return self._tower(batch)
-        device = self.cogvlm.device
+        # Indices stay on the host: the model lays them out there and moves them itself, without a wait.
         out = self.cogvlm(
-            pixel_values=batch.pixel_values.to(device, self.cogvlm.dtype),
-            image_index=batch.image_index.to(device),
-            branch_input_ids=batch.input_ids.to(device),
-            branch_labels=batch.labels.to(device),
+            pixel_values=batch.pixel_values.to(self.cogvlm.device, self.cogvlm.dtype, non_blocking=True),
+            image_index=batch.image_index,
+            branch_input_ids=batch.input_ids,
+            branch_attention_mask=batch.attention_mask,
+            branch_labels=batch.labels,
             watch=(self.auxiliary.guided_layer, self.auxiliary.guided_heads) if self.auxiliary else None,
         )
         total = out.loss * max(1, batch.n_answers)

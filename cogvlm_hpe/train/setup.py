@@ -1,11 +1,13 @@
 """From a config to a run that is ready to loop.
 
-The order matters: 1. ranks meet; 2. base; 3. adapter; 4. weights of the run's own checkpoint; 5. engine, whose masters
-are made from those weights; 6. optimizer state, for which Adam needs one step at rate 0; 7. stream from the next step.
+The order matters: 1. ranks meet; 2. base, which ZeRO-3 splits as it is read; 3. adapter; 4. weights of the run's own
+checkpoint; 5. engine, whose masters are made from those weights; 6. optimizer state, for which Adam needs one step at
+rate 0; 7. stream from the next step.
 """
 
 import os
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +17,25 @@ from peft import LoraConfig
 from tokenizers import Tokenizer
 
 from cogvlm_hpe import config as configs
-from cogvlm_hpe.config import RunConfig
+from cogvlm_hpe.config import RunConfig, ShardsConfig
 from cogvlm_hpe.model.fingerprint import fingerprint
 from cogvlm_hpe.model.fresh import fresh_model
-from cogvlm_hpe.model.load import load_base, read_config, resolve_base
+from cogvlm_hpe.model.load import DTYPES, load_base, resolve_base
 from cogvlm_hpe.model.modeling import CogVLMForCausalLM
 from cogvlm_hpe.model.tokenizer import load_tokenizer
+from cogvlm_hpe.model.weights import open_weights, read_config
 from cogvlm_hpe.train import adapter, checkpoint
 from cogvlm_hpe.train.batch import Collator
-from cogvlm_hpe.train.engine import Engine, prepare_deepspeed
+from cogvlm_hpe.train.engine import Engine, deepspeed_config, prepare_deepspeed
 from cogvlm_hpe.train.loop import Run
 from cogvlm_hpe.train.module import TrainedModule
 from cogvlm_hpe.train.monitor import Monitor, write_run_json
+from cogvlm_hpe.train.partition import is_split, load_partitioned, piece, rank_device, set_piece
 from launcher.comm import Comm
 from launcher.errors import UserError
 from launcher.world import World
-from shards.index import open_set
+from shards.augment import Augment
+from shards.index import ShardSet, open_set
 from shards.plan import Plan
 from shards.stream import Stream
 
@@ -55,8 +60,7 @@ def find_resume(run_dir: Path, comm: Comm, resume: bool) -> Path | None:
 
 def setup(config: RunConfig, world: World, comm: Comm, *, resume: bool, allow_change: bool) -> Run:
     """All ranks. Build everything the loop needs. Raises UserError or UsageError for what the user can mend."""
-    start_s = time.time()
-    threads = set_threads(world)
+    start_s, threads = time.time(), set_threads(world)
     run_dir = Path(config.run_dir)
     accumulation = configs.check_world(config, world.size)
     from_folder = find_resume(run_dir, comm, resume)
@@ -64,19 +68,18 @@ def setup(config: RunConfig, world: World, comm: Comm, *, resume: bool, allow_ch
         refuse_changes(run_dir, config)
     sets = [open_set(entry.path) for entry in config.shards.train]
     base = resolve_base(config.model.base)
-    tokenizer = load_tokenizer(config.model.tokenizer or base)
+    tokenizer = load_tokenizer(config.model.tokenizer or base, read_config(base).vocab_size)
+    prepare_deepspeed()
     torch.manual_seed(config.train.seed)
-    model = make_model(config, base)
-    lora = adapter.add_lora(model, config.adapter, str(base.resolve())) if config.adapter else None
+    model = make_model(config, base, comm, accumulation)  # 2
+    lora = adapter.add_lora(model, config.adapter, str(base.resolve())) if config.adapter else None  # 3
     module = TrainedModule(model, config.train.auxiliary)
     take_readouts(module, base)
-    saved = take_weights(module, from_folder)
-    prepare_deepspeed()
-    engine = Engine(module, config, comm, accumulation)
+    saved = take_weights(module, from_folder)  # 4
+    engine = Engine(module, config, comm, accumulation)  # 5
     collator = make_collator(config, tokenizer, model)
-    plan = Plan([len(s) for s in sets], [s.ratio for s in config.shards.train], config.shards.seed, config.shards.batch)
     if saved is not None:
-        wake_optimizer(engine, collator, accumulation)
+        wake_optimizer(engine, collator, accumulation)  # 6
         engine.load(saved.weights, saved.optimizer)
     first_step = saved.step if saved is not None else 0
     if comm.rank == 0:
@@ -84,38 +87,55 @@ def setup(config: RunConfig, world: World, comm: Comm, *, resume: bool, allow_ch
         (run_dir / CONFIG_FILE).write_text(dump(config))
         write_run_json(run_dir, world, threads, start_s, first_step)
     monitor = Monitor(run_dir, comm, first_step)
-    monitor.text("config", f"```yaml\n{dump(config)}```")
-    monitor.say(describe_start(engine, world, threads, from_folder))
-    return Run(
-        config=config,
-        comm=comm,
-        engine=engine,
-        collator=collator,
-        plan=plan,
-        stream=Stream(
-            sets,
-            plan,
-            comm.rank,
-            comm.size,
-            image_size=model.config.vision_config["image_size"],
-            start=first_step,
-            workers=config.shards.workers,
-            on_bad_sample=config.shards.on_bad_sample,
-            flip=config.shards.flip,
-        ),
-        monitor=monitor,
-        describe=describe_files(config, base, lora, model, tokenizer),
-        first_step=first_step,
+    describe_start(monitor, config, module, world, threads, from_folder)
+    plan = make_plan(config.shards, sets)
+    stream = make_stream(config.shards, sets, plan, comm, model.config.vision_config["image_size"], first_step)  # 7
+    describe = describe_files(config, base, lora, model, tokenizer)
+    return Run(config, comm, engine, collator, plan, stream, monitor, describe, first_step)
+
+
+def make_plan(shards: ShardsConfig, sets: list[ShardSet]) -> Plan:
+    """Which samples make which global batch."""
+    ratios = [entry.ratio for entry in shards.train]
+    options = {"block_shards": shards.block_shards, "bucket_batches": shards.bucket_batches}
+    return Plan.of(sets, ratios, shards.seed, shards.batch, **options)
+
+
+def make_stream(
+    shards: ShardsConfig, sets: list[ShardSet], plan: Plan, comm: Comm, image_size: int, first_step: int
+) -> Stream:
+    """This rank's images from `first_step` on."""
+    return Stream(
+        sets,
+        plan,
+        comm.rank,
+        comm.size,
+        image_size=image_size,
+        start=first_step,
+        workers=shards.workers,
+        on_bad_sample=shards.on_bad_sample,
+        augment=Augment(shards.flip, **asdict(shards.augment)),
+        pin=True,
     )
 
 
-def make_model(config: RunConfig, base: Path) -> CogVLMForCausalLM:
-    """The base with its weights, or with fresh ones."""
-    dtype = torch.bfloat16 if config.model.dtype == "bf16" else torch.float32
-    model = fresh_model(read_config(base)) if config.model.random_init else load_base(base, dtype)
+def make_model(config: RunConfig, base: Path, comm: Comm, accumulation: int) -> CogVLMForCausalLM:
+    """All ranks. The base with its weights, of which under ZeRO-3 a rank reads its part, or with fresh ones.
+
+    Raises UserError where the ranks' files differ.
+    """
+    dtype = DTYPES[config.model.dtype]
+    if config.model.random_init:
+        model = fresh_model(read_config(base))
+    else:
+        check_same_base(base, comm)
+        if config.train.zero_stage == 3:
+            model = load_partitioned(open_weights(base), dtype, deepspeed_config(config, accumulation))
+        else:
+            model = load_base(base, dtype, rank_device(), own=config.adapter is None)
     model.train()
     if config.train.gradient_checkpointing:
-        model.model.gradient_checkpointing = True
+        model.activation_checkpointing_enable({"use_reentrant": False})
     return model
 
 
@@ -128,6 +148,13 @@ def take_readouts(module: TrainedModule, base: Path) -> None:
         module.load_state_dict(load_file(path), strict=False)
 
 
+def check_same_base(base: Path, comm: Comm) -> None:
+    """All ranks. Raises UserError where ranks see different weights: frozen ones are not sent from one to another."""
+    found = comm.gather(fingerprint(base))
+    if comm.agree(found is not None and len(set(found)) > 1):
+        raise UserError(f"{base}: the ranks' files differ; give every machine the same ones")
+
+
 def take_weights(module: TrainedModule, folder: Path | None) -> checkpoint.Saved | None:
     """Load a checkpoint's weights into the module, before the engine makes its masters from them."""
     if folder is None:
@@ -137,7 +164,11 @@ def take_weights(module: TrainedModule, folder: Path | None) -> checkpoint.Saved
     checkpoint.check_names(saved, list(parameters), folder)
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(saved.weights[name])
+            if is_split(parameter):
+                start, stop = piece(parameter)
+                set_piece(parameter, saved.weights[name].flatten()[start:stop])
+            else:
+                parameter.copy_(saved.weights[name])
     return saved
 
 
@@ -178,11 +209,17 @@ def describe_files(
     return checkpoint.Describe({"stage": Path(config.run_dir).name, **said}, lora, model.config, tokenizer)
 
 
-def describe_start(engine: Engine, world: World, threads: int, from_folder: Path | None) -> str:
-    """The first line of a run's log."""
-    count = sum(getattr(p, "ds_numel", p.numel()) for p in engine.parameters.values())
+def describe_start(
+    monitor: Monitor, config: RunConfig, module: TrainedModule, world: World, threads: int, from_folder: Path | None
+) -> None:
+    """The first lines of a run's log: who trains, from where, and which parameters."""
     origin = f"resumed from {from_folder}" if from_folder else "from the start"
-    return f"{count:,} trained parameters, {world.size} ranks × {threads} threads ({world.kind}), {origin}"
+    monitor.say(f"{world.size} ranks × {threads} threads ({world.kind}), {origin}")
+    table = adapter.trainable_text(module)
+    for line in table.splitlines():
+        monitor.say(line)
+    monitor.text("trainable", f"```\n{table}\n```")
+    monitor.text("config", f"```yaml\n{dump(config)}```")
 
 
 def dump(config: RunConfig) -> str:

@@ -7,11 +7,21 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from shards.sources import synthetic
+from shards.sources import agora, biwi, cogvlm, crowdhuman, flickr30k, refcoco, synthetic, table, visual7w, w300lp
 
 if TYPE_CHECKING:
     from shards.write import Source
 
 SOURCES: "dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], Source]]]" = {
+    "300w-lp": (w300lp.add_300wlp_arguments, w300lp.from_300wlp_args),
+    "aflw2000": (w300lp.add_aflw2000_arguments, w300lp.from_aflw2000_args),
+    "agora": (agora.add_arguments, agora.from_args),
+    "biwi": (biwi.add_arguments, biwi.from_args),
+    "cogvlm": (cogvlm.add_arguments, cogvlm.from_args),
+    "crowdhuman": (crowdhuman.add_arguments, crowdhuman.from_args),
+    "flickr30k": (flickr30k.add_arguments, flickr30k.from_args),
+    "refcoco": (refcoco.add_arguments, refcoco.from_args),
     "synthetic": (synthetic.add_arguments, synthetic.from_args),
+    "table": (table.add_arguments, table.from_args),
+    "visual7w": (visual7w.add_arguments, visual7w.from_args),
 }

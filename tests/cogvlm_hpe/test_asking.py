@@ -51,3 +51,10 @@ def test_facing_is_asked_where_one_word_alone_is_right() -> None:
 def test_heads_hardly_seen_are_not_asked_about() -> None:
     hidden = Record(RECORD.image, [Head(LEFT, RECORD.heads[0].rotation, visible=0.3)], [])
     assert questions(hidden, ["pose", "facing"], DEFAULT_PROMPTS, "offset") == []
+
+
+def test_heads_without_a_rotation_are_not_asked_about() -> None:
+    known = Head((50.0, 0.0, 100.0, 50.0), (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0))
+    record = Record(Image(100, 100, "test", "1", "1"), [Head((0.0, 0.0, 50.0, 50.0), None), known])
+    asked = questions(record, ["pose", "facing"], DEFAULT_PROMPTS, "offset")
+    assert [(question.task, question.number) for question in asked] == [("pose", 1), ("facing", 1)]

@@ -1,6 +1,8 @@
 """The text grammar, both ways."""
 
 import math
+import random
+from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -53,18 +55,22 @@ def test_a_box_comes_back_within_a_thousandth(values: list[float]) -> None:
         ("{{180,090,180}}", "pose"),
         (" {{180,090,180}} ", "pose"),
         ("{{360,090,360}}", "pose"),
-        ("{{361,090,180}}", "other"),
-        ("{{180,181,180}}", "other"),
+        ("{{361,090,180}}", "out_of_range"),
+        ("{{180,181,180}}", "out_of_range"),
         ("{{180,090}}", "other"),
         ("{{180,090,180}} {{180,090,180}}", "other"),
         ("[[100,200,300,400]]", "box"),
         ("[[100,200,300,400;500,600,700,800]]", "box"),
-        ("[[300,200,100,400]]", "other"),
+        ("[[300,200,100,400]]", "out_of_range"),
         ("[[100,200,300]]", "other"),
         ("[[100,090,180}}", "blended"),
         ("{{100,200,300,400]]", "blended"),
         ("[[100,200,300,400]] {{180,090,180}}", "blended"),
         ("{{{{180,090,180}}", "other"),
+        ("[[100,200,1000,400]]", "out_of_range"),
+        ("[[100,200,300,400]] [[-1,200,300,400]]", "out_of_range"),
+        ("[[100,200,300,400]] [[-1,200,300]]", "other"),
+        ("{{12345,090,180}}", "other"),
         ("a red cube", "other"),
         ("", "other"),
     ],
@@ -88,6 +94,83 @@ def test_no_text_raises_and_every_kind_keeps_its_promise(text: str) -> None:
         assert bool(parsed.boxes) == (parsed.kind == "box")
         for x0, y0, x1, y1 in parsed.boxes:
             assert 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1
+
+
+def _reference_kind(text: str, answer_format: str) -> str:
+    """docs/answers.md read anew, with string methods instead of patterns."""
+    box_marks, pose_marks = ("[[" in text or "]]" in text), ("{{" in text or "}}" in text)
+    if box_marks and pose_marks:
+        return "blended"
+    body = text.strip()
+    if pose_marks:
+        numbers = _reference_numbers(body[2:-2]) if body[:2] == "{{" and body[-2:] == "}}" and len(body) > 4 else None
+        if numbers is None or len(numbers) != 3:
+            return "other"
+        low, high = ((0, 0, 0), (360, 180, 360)) if answer_format == "offset" else ((-180, -90, -180), (180, 90, 180))
+        fits = all(a <= value <= b for value, a, b in zip(numbers, low, high, strict=True))
+        return "pose" if fits else "out_of_range"
+    fits = True
+    while body:
+        inside, closing, rest = body[2:].partition("]]")
+        if body[:2] != "[[" or not closing:
+            return "other"
+        for part in inside.split(";"):
+            numbers = _reference_numbers(part)
+            if numbers is None or len(numbers) != 4:
+                return "other"
+            x0, y0, x1, y1 = numbers
+            fits = fits and 0 <= x0 < x1 <= 999 and 0 <= y0 < y1 <= 999
+        body = rest.strip()
+    return ("box" if fits else "out_of_range") if box_marks else "other"
+
+
+def _reference_numbers(text: str) -> list[int] | None:
+    words = [word.strip() for word in text.split(",")]
+    digits = [word[1:] if word[:1] in ("+", "-") else word for word in words]
+    return [int(word) for word in words] if all(d.isdecimal() and len(d) <= 4 for d in digits) else None
+
+
+TOKENS = [
+    "[[",
+    "]]",
+    "{{",
+    "}}",
+    "[",
+    "]",
+    "{",
+    "}",
+    ",",
+    ";",
+    "-",
+    "+",
+    " ",
+    "\n",
+    "0",
+    "07",
+    "42",
+    "090",
+    "180",
+    "360",
+]
+TOKENS += ["361", "999", "1000", "12345", "x", "pose", "²", "١", "１", "\0", "\ud800", "{{180,090,180}}", "[[1,2,3,4]]"]
+
+
+@pytest.mark.slow
+def test_a_million_strings_have_the_kind_the_grammar_says() -> None:
+    generator, seen = random.Random(20), Counter()
+    for number in range(1_000_000):
+        answer_format = "offset" if number % 2 else "signed"
+        if number % 4:
+            text = "".join(generator.choices(TOKENS, k=generator.randrange(12)))
+        else:  # one edit away from a right answer
+            text = generator.choice(("{{180,090,180}}", "{{-12,90,-180}}", "[[1,20,300,999]]", "[[1,2,3,4;5,6,7,8]]"))
+            at = generator.randrange(len(text))
+            text = text[:at] + generator.choice(TOKENS) + text[at + generator.randrange(3) :]
+        kind = parse(text, answer_format).kind
+        seen[kind] += 1
+        if number % 10 < 2:
+            assert kind == _reference_kind(text, answer_format), (text, answer_format)
+    assert min(seen[kind] for kind in ("pose", "box", "blended", "out_of_range", "other")) > 10_000
 
 
 @pytest.mark.parametrize(

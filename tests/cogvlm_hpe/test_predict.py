@@ -34,6 +34,11 @@ def test_poses_are_printed_as_json_and_drawn(
     said = pose.rotation_from_pose(taught["yaw"], taught["pitch"], taught["roll"])
     assert pose.geodesic_deg(said, head.matrix) < 10.0
     assert set(other) == {"box", "answer", "yaw", "pitch", "roll", "reason"}
+    assert cli.main(["predict", *words[:3], "--model", str(model), "--decode", "expectation"]) == 0
+    [expected] = json.loads(capsys.readouterr().out)
+    mean = pose.rotation_from_pose(expected["yaw"], expected["pitch"], expected["roll"])
+    assert pose.geodesic_deg(mean, head.matrix) < 10.0
+    assert 0.5 < expected["confidence"] <= 1.0
     before, after = (np.array(Image.open(tmp_path / name).convert("RGB")) for name in ("a.jpg", "a.png"))
     assert before.shape == after.shape and (before != after).any()
 

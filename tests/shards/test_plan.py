@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher.errors import UsageError
-from shards.plan import MAX_PERIOD, Plan, consecutive_batches, is_mirrored, mix_weights, rank_slots, shuffled
+from shards.plan import MAX_PERIOD, Plan, consecutive_batches, is_mirrored, mix_weights, rank_slots
+from shards.shuffle import shuffled
 
 sizes_and_ratios = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 9)), min_size=1, max_size=4)
 seeds = st.integers(0, 2**40)
@@ -167,3 +168,66 @@ def test_a_batch_that_the_ranks_do_not_divide() -> None:
 def test_evaluation_batches_cover_everything_once() -> None:
     assert [list(b) for b in consecutive_batches(7, 3)] == [[0, 1, 2], [3, 4, 5], [6]]
     assert consecutive_batches(0, 3) == []
+
+
+SHARDS = [[7, 8, 7, 8, 5], [4, 4, 3]]
+HEADS = [np.arange(35) * 5 % 7, np.arange(11) % 3]
+
+
+def optioned(block_shards: int = 0, bucket_batches: int = 0, batch: int = 8) -> Plan:
+    sizes = [sum(shards) for shards in SHARDS]
+    return Plan(sizes, [3.0, 1.0], 5, batch, block_shards, SHARDS, bucket_batches, HEADS)
+
+
+OPTIONS = [(2, 0), (0, 4), (2, 4), (1, 1)]
+
+
+@pytest.mark.parametrize(("block_shards", "bucket_batches"), OPTIONS)
+def test_options_keep_every_epoch_exact_and_every_batch_its_ratio(block_shards: int, bucket_batches: int) -> None:
+    plain, plan = optioned(), optioned(block_shards, bucket_batches)
+    batches = 72  # whole windows
+    slots = stream(plan, batches)
+    assert sorted(slot.position for slot in slots) == list(range(8 * batches))
+    for set_, size in enumerate(plan.sizes):
+        drawn = Counter((slot.epoch, slot.sample) for slot in slots if slot.set == set_)
+        assert set(drawn.values()) == {1}
+        whole = range(max(epoch for epoch, _ in drawn))
+        assert all((epoch, sample) in drawn for epoch in whole for sample in range(size))
+    for n in range(batches):
+        assert [slot.set for slot in plan.batch_at(n)] == [slot.set for slot in plain.batch_at(n)]
+    assert slots != stream(plain, batches)
+
+
+@pytest.mark.parametrize(("block_shards", "bucket_batches"), OPTIONS)
+def test_options_do_not_see_the_ranks(block_shards: int, bucket_batches: int) -> None:
+    plan = optioned(block_shards, bucket_batches)
+    for n in (0, 3, 17, 4):
+        for size in (1, 2, 4, 8):
+            parts = [plan.share_at(n, rank, size) for rank in range(size)]
+            assert [slot for part in parts for slot in part] == plan.batch_at(n)
+    assert optioned(block_shards, bucket_batches).batch_at(17) == plan.batch_at(17), "any batch can be asked for first"
+
+
+def test_buckets_bring_alike_numbers_of_heads_together() -> None:
+    def spread(plan: Plan) -> float:
+        heads = [[HEADS[s.set][s.sample] for s in plan.batch_at(n) if s.set == 0] for n in range(40)]
+        return float(np.mean([np.std(batch) for batch in heads]))
+
+    assert spread(optioned(bucket_batches=8)) < 0.5 * spread(optioned())
+    # Few heads do not always come first: the order of a window's batches is shuffled.
+    first = [np.mean([HEADS[0][s.sample] for s in optioned(0, 8).batch_at(8 * w) if s.set == 0]) for w in range(12)]
+    assert max(first) > 4.5 and min(first) < 1.5
+
+
+def test_a_state_names_options_that_are_on() -> None:
+    assert "block_shards" not in optioned().state(3)
+    assert optioned(2, 4).state(3) == optioned().state(3) | {"block_shards": 2, "bucket_batches": 4}
+
+
+def test_options_that_cannot_be_meant() -> None:
+    with pytest.raises(UsageError, match="block_shards -1"):
+        Plan([3], [1.0], 0, 1, block_shards=-1)
+    with pytest.raises(UsageError, match="needs the sizes of all shards"):
+        Plan([3], [1.0], 0, 1, block_shards=2)
+    with pytest.raises(UsageError, match="needs the number of heads"):
+        Plan([3], [1.0], 0, 1, bucket_batches=2, heads=[[1, 2]])

@@ -56,6 +56,11 @@ def test_stored_angles_never_say_minus_180() -> None:
         ("[]", "not a record"),
         (changed(convention="hpe-v0"), "convention 'hpe-v0'"),
         (changed(image__width=0), "both sides must be positive"),
+        (changed(image__width=48.0), "both sides must be positive whole numbers"),
+        (changed(image__subject=7), "subject must be text, one is 7"),
+        (changed(image__camera={"fx": 1.0, "fy": 1.0, "cx": float("nan"), "cy": 0.0}), "its numbers must be finite"),
+        (changed(image__camera={"fx": 1.0, "fy": 1.0, "cx": "2", "cy": 0.0}), "not a record"),
+        ("[" * 100_000, "not JSON"),
         (changed(image__colour="red"), "not a record"),
         (changed(heads__0__pose={"yaw": 412.0, "pitch": 0.0, "roll": 0.0}), "yaw 412.0 deg is outside [-180, 180]"),
         (changed(heads__0__pose={"yaw": 0.0, "pitch": 91.0, "roll": 0.0}), "pitch 91.0 deg is outside [-90, 90]"),
@@ -63,6 +68,7 @@ def test_stored_angles_never_say_minus_180() -> None:
         (changed(heads__0__pose={"yaw": 25.0, "pitch": 10.0, "roll": -5.0}), "differ by"),
         (changed(heads__0__rotation=[1.0, 0, 0, 0, 1, 0, 0, 0, -1]), "is not a rotation matrix"),
         (changed(heads__0__rotation=[1.0, 0, 0]), "is not a rotation matrix"),
+        (changed(heads__0__rotation=None), "of rotation and pose one is null"),
         (changed(heads__0__bbox=[10, 10, 10, 20]), "needs x0 < x1"),
         (changed(heads__0__bbox=[10, 10, float("inf"), 20]), "needs x0 < x1"),
         (changed(heads__0__bbox=[10, 10]), "not a record"),
@@ -76,6 +82,46 @@ def test_impossible_records_are_refused_in_one_line(text: str, said: str) -> Non
         from_json(text)
     assert said in str(caught.value) and "\n" not in str(caught.value)
     assert isinstance(caught.value, UserError)
+
+
+def test_a_head_may_have_no_known_rotation() -> None:
+    posed = make()
+    bare = Head((1.0, 2.0, 31.0, 42.0), None, subject="ben", weak=True)
+    mixed = Record(posed.image, [bare, *posed.heads])
+    stored = json.loads(mixed.to_json())["heads"]
+    assert stored[0]["rotation"] is None and stored[0]["pose"] is None and stored[1]["pose"]["yaw"] == 20.0
+    assert from_json(mixed.to_json()).heads[0] == bare
+    np.testing.assert_allclose(mixed.poses_deg, [[20.0, 10.0, -5.0]])
+    assert Record(posed.image, [bare]).poses_deg.shape == (0, 3)
+    assert mixed.mirrored().heads[0].bbox == (609.0, 2.0, 639.0, 42.0) and mixed.mirrored().heads[0].rotation is None
+    with pytest.raises(ValueError, match="no rotation"):
+        _ = bare.pose_deg
+
+
+@given(st.floats(-180, 180), st.floats(-90, 90), st.floats(-180, 180), st.floats(0, 0.3))
+def test_the_check_of_a_pose_is_that_of_the_pose_module(yaw: float, pitch: float, roll: float, off_deg: float) -> None:
+    value = json.loads(make().to_json())
+    rotation = pose.rotation_from_pose(yaw, pitch, roll) @ pose.rotation_from_pose(0.0, 0.0, off_deg)
+    value["heads"][0] |= {"rotation": rotation.tolist(), "pose": {"yaw": yaw, "pitch": pitch, "roll": roll}}
+    assert abs(off_deg - 0.1) < 1e-6 or refused(value) == (off_deg > 0.1)
+    value["heads"][0]["rotation"] = (rotation * (1.0 + off_deg / 1000)).ravel().tolist()
+    assert refused(value) or pose.is_rotation(rotation * (1.0 + off_deg / 1000))
+
+
+def refused(value: dict[str, Any]) -> bool:
+    try:
+        from_json(json.dumps(value))
+    except RecordError:
+        return True
+    return False
+
+
+def test_a_rotation_that_is_wrong_is_numbered_among_all_heads() -> None:
+    value = json.loads(make().to_json())
+    unknown = value["heads"][0] | {"rotation": None, "pose": None}
+    value["heads"] = [unknown, value["heads"][0] | {"pose": {"yaw": 25.0, "pitch": 10.0, "roll": -5.0}}]
+    with pytest.raises(RecordError, match="head 1: pose"):
+        from_json(json.dumps(value))
 
 
 def test_mirrored_twice_is_the_same_record() -> None:

@@ -15,6 +15,7 @@ from PIL import Image as PillowImage
 
 from launcher.errors import UsageError, UserError
 from shards import pose
+from shards.augment import Augment
 from shards.index import ShardSet, open_set
 from shards.plan import Plan, is_mirrored
 from shards.stream import Item, Stream, decode_image, read_all
@@ -60,8 +61,8 @@ def test_one_two_and_four_ranks_get_the_same_global_batches(sets: list[ShardSet]
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing(sets: list[ShardSet], workers: int) -> None:
     plan = plan_of(sets)
-    here = list(islice(Stream(sets, plan, 1, 2, 24, start=3, flip=True), 5))
-    there = list(islice(Stream(sets, plan, 1, 2, 24, start=3, flip=True, workers=workers), 5))
+    here = list(islice(Stream(sets, plan, 1, 2, 24, start=3, augment=Augment(flip=True)), 5))
+    there = list(islice(Stream(sets, plan, 1, 2, 24, start=3, augment=Augment(flip=True), workers=workers), 5))
     for (n, items), (m, others) in zip(here, there, strict=True):
         assert n == m and keys(items) == keys(others)
         for item, other in zip(items, others, strict=True):
@@ -79,7 +80,9 @@ def test_resume_on_other_ranks_and_workers_goes_on_exactly(sets: list[ShardSet])
 def test_flip_mirrors_image_boxes_poses_and_words_by_a_coin_of_the_position(sets: list[ShardSet]) -> None:
     plan = plan_of(sets)
     plain = [item for _, items in islice(Stream(sets, plan, 0, 1, 24), 4) for item in items]
-    flipped = [item for _, items in islice(Stream(sets, plan, 0, 1, 24, flip=True), 4) for item in items]
+    flipped = [
+        item for _, items in islice(Stream(sets, plan, 0, 1, 24, augment=Augment(flip=True)), 4) for item in items
+    ]
     assert {item.mirrored for item in flipped} == {True, False}
     for before, after in zip(plain, flipped, strict=True):
         assert after.mirrored == is_mirrored(plan.seed, after.slot.position)
@@ -94,6 +97,48 @@ def test_flip_mirrors_image_boxes_poses_and_words_by_a_coin_of_the_position(sets
         assert after.record.heads[0].bbox == (48 - x1, y0, 48 - x0, y1)
         mirrored = pose.flip_rotation(before.record.heads[0].matrix)
         np.testing.assert_array_equal(after.record.heads[0].matrix, mirrored)
+
+
+STRONG = Augment(flip=True, rotate_deg=25.0, crop=0.6, colour=0.3)
+
+
+def test_augmented_items_are_the_plain_ones_changed_as_their_position_says(sets: list[ShardSet]) -> None:
+    plan = plan_of(sets)
+    plain = [item for _, items in islice(Stream(sets, plan, 0, 1, 24), 3) for item in items]
+    changed = [item for _, items in islice(Stream(sets, plan, 0, 1, 24, augment=STRONG), 3) for item in items]
+    for before, after in zip(plain, changed, strict=True):
+        assert before.record is not None and after.record is not None and after.image is not None
+        change = STRONG.at(plan.seed, before.slot.position, before.record)
+        assert after.record == change.record(before.record) and after.mirrored == change.mirrored
+        assert after.image.shape == (3, 24, 24) and not torch.equal(after.image, before.image)
+
+
+@pytest.mark.slow
+def test_augmentation_does_not_see_ranks_workers_or_resumes(sets: list[ShardSet]) -> None:
+    def images(size: int, **options: object) -> list[torch.Tensor]:
+        streams = [Stream(sets, plan_of(sets), rank, size, 24, augment=STRONG, **options) for rank in range(size)]
+        return [i.image for parts in islice(zip(*streams, strict=True), 2) for _, items in parts for i in items]
+
+    alone = images(1, start=2)
+    for other in (images(4, start=2), images(2, start=2, workers=1)):
+        assert all(torch.equal(a, b) for a, b in zip(alone, other, strict=True))
+
+
+def test_each_batch_carries_the_state_to_go_on_after_it(sets: list[ShardSet]) -> None:
+    plan = plan_of(sets)
+    batches = list(islice(Stream(sets, plan, 0, 1, None), 5))
+    state = dict(batches[2].state)
+    n = state.pop("step")
+    assert n == 3 and state == {"seed": 5, "batch": 8, "sizes": [17, 6], "ratios": [3.0, 1.0]}
+    resumed = Stream(sets, Plan(**state), 0, 1, None, start=n)
+    assert [keys(items) for _, items in islice(resumed, 2)] == [keys(items) for _, items in batches[3:]]
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_blocks_and_buckets_read_what_their_plan_says(sets: list[ShardSet], workers: int) -> None:
+    plan = Plan.of(sets, [3.0, 1.0], 5, 8, block_shards=2, bucket_batches=3)
+    for n, items in islice(Stream(sets, plan, 1, 2, None, start=2, workers=workers), 4):
+        assert [item.slot for item in items] == plan.share_at(n, 1, 2)
 
 
 def spoil(shard_set: ShardSet, i: int, find: bytes, put: bytes) -> None:
@@ -139,6 +184,25 @@ def test_skipped_samples_leave_holes_that_are_counted_and_never_filled(sets: lis
             assert bool(item.problem) == bad
             holes += bad
     assert stream.skipped == holes > 2
+
+
+def test_a_hundred_bad_samples_in_a_row_are_no_bad_luck(sets: list[ShardSet]) -> None:
+    for i in range(17):
+        spoil_image(sets[0], i)
+    stream = Stream(sets[:1], plan_of(sets[:1]), 0, 1, 24, on_bad_sample="skip")
+    with pytest.raises(
+        UserError, match="100 bad samples in a row are not skipped; the last: .*key tiny-train-0000"
+    ) as e:
+        list(stream)
+    assert stream.skipped == 100 and "\n" not in str(e.value)
+
+
+def test_one_good_sample_ends_the_row(sets: list[ShardSet]) -> None:
+    for i in range(16):
+        spoil_image(sets[0], i)
+    stream = Stream(sets[:1], plan_of(sets[:1]), 0, 1, 24, on_bad_sample="skip")
+    list(islice(stream, 40))
+    assert stream.skipped > 250
 
 
 def test_an_image_of_another_size_than_its_record_says(sets: list[ShardSet]) -> None:

@@ -18,8 +18,10 @@ from tiny_source import TinySource
 from launcher.comm import single
 from launcher.errors import UsageError, UserError
 from shards.index import open_set
+from shards.part import pose_histogram
 from shards.record import from_json
-from shards.write import WORK_FOLDER, Sample, build, pose_histogram
+from shards.verify import verify
+from shards.write import WORK_FOLDER, Sample, build
 
 SCRIPT = Path(__file__).with_name("build_ranks.py")
 ROOT = SCRIPT.parents[2]
@@ -56,7 +58,7 @@ def test_two_and_three_ranks_write_the_bytes_of_one(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_killed_build_goes_on_and_ends_in_the_same_bytes(tmp_path: Path) -> None:
-    out, first = tmp_path / "set", tmp_path / "set" / "tiny-train-000003.tar"
+    out, first = tmp_path / "set", tmp_path / "set" / WORK_FOLDER / "000003.npz"
     with subprocess.Popen(command(out, 400, ranks=1), env=clean_env()) as process:
         while not first.exists() and process.poll() is None:
             time.sleep(0.002)
@@ -65,7 +67,7 @@ def test_a_killed_build_goes_on_and_ends_in_the_same_bytes(tmp_path: Path) -> No
     with pytest.raises(UserError, match="not a finished shard set"):
         open_set(out)
     done = over_ranks(2, out, 400)
-    assert done.returncode == 0 and "of 40 shards are there already, kept" in done.stdout, done.stderr
+    assert done.returncode == 0 and "of 40 parts are there already, kept" in done.stdout, done.stderr
     build(TinySource(samples=400), tmp_path / "whole", single(), samples_per_shard=10)
     assert digests(out) == digests(tmp_path / "whole")
 
@@ -108,6 +110,8 @@ def test_plain_webdataset_reads_the_tars(tiny_set: Callable[..., Path], extensio
 def test_index_json_tells_where_the_set_comes_from(tiny_set: Callable[..., Path]) -> None:
     folder = tiny_set(samples=20, split="val", seed=3)
     info = json.loads((folder / "index.json").read_text())
+    index = (folder / "index.npz").read_bytes()
+    assert info["index"] == {"bytes": len(index), "sha256": hashlib.sha256(index).hexdigest()}
     assert (info["name"], info["split"], info["licence"]) == ("tiny-val", "val", "CC0-1.0")
     assert info["scope"] == {"seed": 3, "samples": 20, "size_px": 48} and info["convention"] == "hpe-v1"
     assert info["counts"] | {"bytes": 0} == {
@@ -152,7 +156,7 @@ class Stops(TinySource):
 
 def test_a_stopped_build_is_not_visible_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        build(Stops(13), tmp_path / "set", single(), samples_per_shard=5)
+        build(Stops(14), tmp_path / "set", single(), samples_per_shard=5)
     with pytest.raises(UserError, match="not a finished shard set"):
         open_set(tmp_path / "set")
     again = Stops(-1)
@@ -162,10 +166,20 @@ def test_a_stopped_build_is_not_visible_and_goes_on_where_it_stopped(tmp_path: P
     assert digests(tmp_path / "set") == digests(tmp_path / "whole")
 
 
+@pytest.mark.slow
+def test_a_build_killed_before_any_of_its_file_operations_ends_in_the_same_bytes(tmp_path: Path) -> None:
+    script = SCRIPT.with_name("build_killed.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)], env=clean_env(), capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(done.stdout.split()[-1]) > 40, "kills"
+
+
 def test_a_kept_shard_that_was_damaged_is_written_again(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        build(Stops(13), tmp_path / "set", single(), samples_per_shard=5)
-    tar = tmp_path / "set" / "tiny-train-000000.tar"
+        build(Stops(14), tmp_path / "set", single(), samples_per_shard=5)
+    tar = tmp_path / "set" / WORK_FOLDER / "000000-000.tar"
     tar.write_bytes(tar.read_bytes()[:-600])
     again = Stops(-1)
     build(again, tmp_path / "set", single(), samples_per_shard=5)
@@ -191,7 +205,7 @@ def test_another_set_in_the_folder_is_refused(tiny_set: Callable[..., Path], tmp
     with pytest.raises(UserError, match="samples_per_shard 5, not 6"):
         build(TinySource(samples=20), folder, single(), samples_per_shard=6)
     with pytest.raises(KeyboardInterrupt):
-        build(Stops(13), tmp_path / "half", single(), samples_per_shard=5)
+        build(Stops(14), tmp_path / "half", single(), samples_per_shard=5)
     with pytest.raises(UserError, match="holds an unfinished build with name"):
         build(TinySource(samples=20, split="test"), tmp_path / "half", single(), samples_per_shard=5)
 
@@ -237,6 +251,33 @@ def test_samples_that_cannot_be_stored(tmp_path: Path, spoil: Callable[[Sample],
     assert not (tmp_path / "set" / "index.json").exists()
 
 
+def tar_sizes(folder: Path) -> list[int]:
+    return [tar.stat().st_size for tar in sorted(folder.glob("*.tar"))]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_tar_is_larger_than_asked_and_they_are_about_equal(tmp_path: Path) -> None:
+    import webdataset
+
+    source = TinySource(samples=60)
+    build(source, tmp_path / "whole", single(), samples_per_shard=30)
+    build(source, tmp_path / "cut", single(), samples_per_shard=30, max_shard_mb=0.0333)
+    assert min(tar_sizes(tmp_path / "whole")) > 2 * 33_300
+    sizes = tar_sizes(tmp_path / "cut")
+    assert len(sizes) > 4 and max(sizes) <= 33_300 and min(sizes) > max(sizes) / 2
+    whole, cut = open_set(tmp_path / "whole"), open_set(tmp_path / "cut")
+    assert [cut.read(i) for i in range(60)] == [whole.read(i) for i in range(60)]
+    assert verify([tmp_path / "cut"], single()) == []
+    tars = sorted(map(str, (tmp_path / "cut").glob("*.tar")))
+    found = list(webdataset.WebDataset(tars, shardshuffle=False))
+    assert [sample["__key__"] for sample in found] == [source.sample(i).key for i in range(60)]
+
+
+def test_a_sample_larger_than_a_tar_may_be_has_one_to_itself(tmp_path: Path) -> None:
+    build(TinySource(samples=7), tmp_path / "set", single(), samples_per_shard=5, max_shard_mb=0.001)
+    assert [shard["samples"] for shard in open_set(tmp_path / "set").info["shards"]] == [1] * 7
+
+
 @pytest.mark.parametrize(("samples", "shards"), [(5, 1), (40, 3), (300, 16)])
 def test_small_sets_have_shards_to_share_too(tmp_path: Path, samples: int, shards: int) -> None:
     build(TinySource(samples=samples), tmp_path / "set", single())
@@ -247,6 +288,8 @@ def test_command_lines_that_cannot_be_meant(tmp_path: Path, tiny_source: TinySou
     options: list[tuple[dict[str, Any], str]] = [
         ({"samples_per_shard": 0}, "0 samples per shard"),
         ({"name": "a/b"}, "name 'a/b'"),
+        ({"max_shard_mb": 0.0}, "0.0 MB per shard"),
+        ({"max_shard_mb": float("nan")}, "nan MB per shard"),
     ]
     for arguments, said in options:
         with pytest.raises(UsageError, match=said):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from cogvlm_hpe import dialogue
 from cogvlm_hpe.evaluate import decode
+from cogvlm_hpe.evaluate.answer import Answer
 from shards import pose
 from shards.record import Head, Image, Object, Record
 
@@ -49,7 +50,7 @@ def test_objects_are_asked_both_ways() -> None:
 @given(st.floats(-180, 180), st.floats(-89, 89), st.floats(-180, 180))
 def test_a_right_answer_has_only_rounding_error(yaw: float, pitch: float, roll: float) -> None:
     row = {"task": "pose", "truth": {"yaw": yaw, "pitch": pitch, "roll": roll}}
-    got = decode.judge(row, dialogue.format_pose(yaw, pitch, roll), "offset")
+    got = decode.judge(row, Answer(dialogue.format_pose(yaw, pitch, roll)), "offset")
     assert got["kind"] == "pose"
     assert all(got["errors"][angle] <= 0.5001 for angle in ("yaw", "pitch", "roll"))
     assert got["errors"]["geodesic"] <= 1.51
@@ -57,13 +58,13 @@ def test_a_right_answer_has_only_rounding_error(yaw: float, pitch: float, roll: 
 
 def test_a_right_box_overlaps_almost_wholly() -> None:
     where, _ = decode.questions("k", RECORD, ["where", "what"], NOTES)
-    got = decode.judge(where, dialogue.format_box(RECORD.objects[0].bbox, 200, 100), "offset")
+    got = decode.judge(where, Answer(dialogue.format_box(RECORD.objects[0].bbox, 200, 100)), "offset")
     assert got["errors"]["iou"] > 0.99 and got["parsed"] == [[50.0, 10.0, 90.0, 60.0]]
 
 
 def test_the_first_of_several_boxes_counts() -> None:
     where, _ = decode.questions("k", RECORD, ["where", "what"], NOTES)
-    got = decode.judge(where, "[[000,000,100,100;250,100,450,600]]", "offset")
+    got = decode.judge(where, Answer("[[000,000,100,100;250,100,450,600]]"), "offset")
     assert got["errors"]["iou"] == 0.0 and len(got["parsed"]) == 2
 
 
@@ -73,31 +74,35 @@ def test_the_first_of_several_boxes_counts() -> None:
 )
 def test_a_pose_answer_in_another_format_has_no_errors_to_average(text: str, kind: str) -> None:
     row = decode.questions("k", RECORD, ["pose"], NOTES)[0]
-    got = decode.judge(row, text, "offset")
+    got = decode.judge(row, Answer(text), "offset")
     assert (got["kind"], got["parsed"], got["errors"], got["text"]) == (kind, None, None, text)
 
 
 @given(st.text(max_size=40), st.sampled_from(dialogue.TASKS))
 def test_any_text_is_judged_and_can_be_stored(text: str, task: str) -> None:
     for row in decode.questions("k", RECORD, [task], NOTES):
-        got = decode.judge(row, text, "offset")
+        got = decode.judge(row, Answer(text), "offset")
         assert got["kind"] in ("pose", "box", "blended", "other")
         assert json.loads(json.dumps(got, allow_nan=False))["errors"] == got["errors"]
 
 
 def test_words_must_match_exactly_but_for_spaces() -> None:
     _, what = decode.questions("k", RECORD, ["where", "what"], NOTES)
-    assert decode.judge(what, " red  ball ", "offset")["errors"] == {"exact": True}
-    assert decode.judge(what, "Red ball", "offset")["errors"] == {"exact": False}
+    assert decode.judge(what, Answer(" red  ball "), "offset")["errors"] == {"exact": True}
+    assert decode.judge(what, Answer("Red ball"), "offset")["errors"] == {"exact": False}
 
 
 def test_signed_answers_are_read_where_the_adapter_says_so() -> None:
     row = decode.questions("k", RECORD, ["pose"], NOTES)[0]
-    assert decode.judge(row, "{{-90,10,-20}}", "signed")["parsed"] == {"yaw": -90.0, "pitch": 10.0, "roll": -20.0}
-    assert decode.judge(row, "{{-90,10,-20}}", "offset")["parsed"] is None
+    assert decode.judge(row, Answer("{{-90,10,-20}}"), "signed")["parsed"] == {
+        "yaw": -90.0,
+        "pitch": 10.0,
+        "roll": -20.0,
+    }
+    assert decode.judge(row, Answer("{{-90,10,-20}}"), "offset")["parsed"] is None
 
 
 def test_errors_are_rounded_the_same_way_everywhere() -> None:
     row = decode.questions("k", RECORD, ["pose"], NOTES)[0]
-    value = decode.judge(row, "{{181,101,161}}", "offset")["errors"]["geodesic"]
+    value = decode.judge(row, Answer("{{181,101,161}}"), "offset")["errors"]["geodesic"]
     assert value == round(value, 4) and np.isfinite(value)

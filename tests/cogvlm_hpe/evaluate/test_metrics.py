@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
 from cogvlm_hpe.evaluate import metrics
+from shards import pose
 
 angle = st.floats(-180.0, 180.0, allow_nan=False)
 triple = st.tuples(angle, st.floats(-90.0, 90.0), angle)
@@ -33,6 +34,49 @@ def test_geodesic_equals_the_angle_of_the_relative_rotation(a: tuple, b: tuple) 
 
     expected = math.degrees((matrix(a).inv() * matrix(b)).magnitude())
     assert metrics.geodesic_errors_deg(np.array([a]), np.array([b]))[0] == pytest.approx(expected, abs=1e-5)
+
+
+@given(st.lists(st.tuples(triple, triple), min_size=1, max_size=8))
+def test_axis_errors_equal_the_angles_between_axes_one_by_one(pairs: list) -> None:
+    a, b = (
+        Rotation.from_euler("zyx", [[t[2], t[0], -t[1]] for t in side], degrees=True)
+        for side in zip(*pairs, strict=True)
+    )
+    expected = np.zeros(len(pairs))
+    for axis in np.eye(3):
+        u, v = a.apply(axis), b.apply(axis)
+        expected += np.degrees(np.arctan2(np.linalg.norm(np.cross(u, v), axis=1), (u * v).sum(axis=1))) / 3
+    got = metrics.axis_errors_deg(a.as_matrix(), b.as_matrix())
+    assert np.allclose(got, expected, atol=1e-5)
+
+
+def test_axis_errors_of_a_known_turn() -> None:
+    turned = metrics.rotations(np.array([[0.0, 0.0, 30.0]]))  # about one axis: the two others move by 30 degrees
+    assert metrics.axis_errors_deg(turned, np.eye(3)[None])[0] == pytest.approx(20.0)
+
+
+def test_alignment_finds_the_turn_that_was_put_in_and_nothing_else() -> None:
+    truth = Rotation.random(60, random_state=1)
+    offset = Rotation.from_euler("XYZ", [12, -5, 3], degrees=True)
+    noise = Rotation.from_rotvec(np.random.default_rng(0).normal(size=(60, 3)) * 0.05)
+    found = metrics.alignment((truth * offset.inv() * noise).as_matrix(), truth.as_matrix())
+    assert math.degrees((Rotation.from_matrix(found).inv() * offset).magnitude()) < 1.5
+    exact = metrics.alignment((truth * offset.inv()).as_matrix(), truth.as_matrix())
+    assert math.degrees((Rotation.from_matrix(exact).inv() * offset).magnitude()) < 1e-3
+
+
+def test_geodesic_at_gimbal_lock_is_blind_to_how_the_lock_is_written() -> None:
+    same = np.array([[90.0, 20.0, 0.0], [90.0, 0.0, -20.0], [-90.0, 20.0, 0.0], [-90.0, 0.0, 20.0]])
+    assert metrics.geodesic_errors_deg(same[::2], same[1::2]) == pytest.approx([0.0, 0.0], abs=1e-5)
+    assert metrics.angle_errors_deg(same[::2], same[1::2]).sum() == pytest.approx(80.0)
+
+
+def test_the_pose_that_biwis_card_prints() -> None:
+    matrix = np.array(
+        [[0.980639, 0.109899, 0.162077], [-0.11023, 0.993882, -0.00697376], [-0.161851, -0.011027, 0.986754]]
+    )
+    said = np.array([[9.33, -0.40, -6.39]])
+    assert metrics.geodesic_errors_deg(said, pose.pose_from_rotation(matrix)[None])[0] < 0.02
 
 
 box = st.tuples(st.integers(0, 30), st.integers(0, 30), st.integers(1, 20), st.integers(1, 20)).map(

@@ -10,6 +10,7 @@ import pytest
 
 from cogvlm_hpe import cli, dialogue
 from cogvlm_hpe.evaluate import reduce, report, results
+from cogvlm_hpe.evaluate.answer import Answer
 from cogvlm_hpe.evaluate.decode import judge, questions
 from launcher.comm import single
 from launcher.errors import UserError
@@ -27,9 +28,9 @@ def make_result(folder: Path, shard_set: Path, name: str, error_deg: float, blen
     for i in stored.key_order():
         record = stored.record(int(i))
         for row in questions(stored.key(int(i)), record, ["pose", "where", "what"], NOTES):
-            rows.append(judge(row, _answer(row, record, error_deg, generator), "offset"))
+            rows.append(judge(row, Answer(_answer(row, record, error_deg, generator)), "offset"))
     for number, row in enumerate([row for row in rows if row["task"] == "pose"][:blended]):
-        row |= judge({key: row[key] for key in ("task", "truth")}, f"{{{{{number},1,1}}}} [[", "offset")
+        row |= judge({key: row[key] for key in ("task", "truth")}, Answer(f"{{{{{number},1,1}}}} [["), "offset")
     header = {
         "system": name,
         "set": {"name": stored.info["name"], "images": len(stored)},

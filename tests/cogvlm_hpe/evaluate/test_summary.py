@@ -56,7 +56,7 @@ def test_invalid_answers_cost_the_constant_pose_and_are_counted(poses: list[dict
         row.update(parsed=None, kind="box")
     got = summary.summarise(poses)["pose"]
     assert (got["n"], got["n_valid"]) == (40, 25)
-    assert got["format"] == {"pose": 0.625, "box": 0.125, "blended": 0.25, "other": 0.0}
+    assert got["format"] == {"pose": 0.625, "box": 0.125, "blended": 0.25, "out_of_range": 0.0, "other": 0.0}
     truth, constant = _rotations(poses, "truth"), _rotation(got["constant_pose"]["pose"])
     charged = [
         _angle(constant if row["parsed"] is None else _rotation(row["parsed"]), t)
@@ -79,6 +79,42 @@ def test_bins_hold_every_head_once(poses: list[dict]) -> None:
     got = summary.summarise(poses)["pose"]
     assert sum(b["n"] for b in got["by_yaw"]) == sum(b["n"] for b in got["by_size"]) == 40
     assert [b["from"] for b in got["by_yaw"]] == [0, 45, 90, 135]
+
+
+def test_protocols_are_the_parts_they_name(poses: list[dict]) -> None:
+    poses += [pose_row(40 + i, (yaw, 0.0, roll), None) for i, (yaw, roll) in enumerate([(90.0, 0.0), (99.0, 99.0)])]
+    poses += [pose_row(42, (0.0, 0.0, 99.5), (0.0, 0.0, 99.5))]
+    got = summary.summarise(poses)["pose"]
+    yaw = np.abs([row["truth"]["yaw"] for row in poses])
+    assert got["protocols"]["narrow"]["n"] == (yaw < 90).sum()
+    assert got["protocols"]["backward"]["n"] == (yaw > 90).sum()
+    assert got["protocols"]["aflw2000"]["n"] == sum(max(map(abs, row["truth"].values())) <= 99 for row in poses)
+    narrow = [row for row in poses if abs(row["truth"]["yaw"]) < 90 and row["parsed"]]
+    assert got["protocols"]["narrow"]["n_valid"] == len(narrow)
+    alone = summary.summarise(narrow)["pose"]["valid"]
+    assert got["protocols"]["narrow"]["valid"]["geodesic"] == alone["geodesic"]
+    # Who is charged the constant pose is charged the set's one, whatever the part.
+    assert got["protocols"]["backward"]["all"]["geodesic"]["mean"] != got["protocols"]["backward"]["valid"]["geodesic"]
+
+
+def test_alignment_takes_out_a_constant_turn_and_only_that(poses: list[dict]) -> None:
+    turn = _rotation({"yaw": 20.0, "pitch": 5.0, "roll": 0.0})
+    for row in poses:
+        turned = summary.pose.pose_from_rotation(_rotation(row["truth"]) @ turn)
+        row["parsed"] = dict(zip(summary.ANGLES, turned.tolist(), strict=True))
+    poses[0].update(parsed=None, kind="other")
+    got = summary.summarise(poses)["pose"]
+    assert got["valid"]["geodesic"]["mean"] == pytest.approx(_angle(turn, np.eye(3)), abs=1e-3)
+    assert got["aligned"]["turn_deg"] == pytest.approx(_angle(turn, np.eye(3)), abs=0.01)
+    assert got["aligned"]["geodesic"]["mean"] < 0.01 < 5 < got["valid"]["maev"]["mean"]
+
+
+def test_front_and_back_are_counted_with_the_answers_that_are_no_pose() -> None:
+    rows = [
+        pose_row(i, (t, 0.0, 0.0), p and (p, 0.0, 0.0)) for i, (t, p) in enumerate([(5, 170), (5, 10), (175, None)])
+    ]
+    got = summary.summarise(rows)["pose"]["front_back"]
+    assert got == {"front": {"front": 1, "back": 1, "none": 0}, "back": {"front": 0, "back": 0, "none": 1}}
 
 
 def test_grounding_counts_a_missing_box_as_a_miss() -> None:

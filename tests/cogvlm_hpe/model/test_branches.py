@@ -3,51 +3,37 @@
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from small_model import images, small_model
 
 from cogvlm_hpe.model.configuration import CogVLMConfig
-from cogvlm_hpe.model.modeling import IGNORE, CogVLMForCausalLM
+from cogvlm_hpe.model.layout import IGNORE
+from cogvlm_hpe.model.modeling import CogVLMForCausalLM
 
-VISION = {
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_heads": 2,
-    "intermediate_size": 40,
-    "image_size": 42,
-    "patch_size": 14,
-    "num_positions": 10,
-}
 ROWS = [(0, [5, 6, 7], [8, 9]), (1, [5, 6], [10, 11, 12, 13]), (1, [7, 7, 7, 6], [9]), (0, [6], [14, 15, 16])]
 
 
 @pytest.fixture
 def model() -> CogVLMForCausalLM:
-    torch.manual_seed(0)
-    config = CogVLMConfig(
-        vocab_size=40,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        initializer_range=0.2,
-        vision_config=VISION,
-    )
-    return CogVLMForCausalLM(config)
-
-
-def images() -> torch.Tensor:
-    return torch.randn(2, 3, 42, 42, generator=torch.Generator().manual_seed(1))
+    return small_model()
 
 
 def call(model: CogVLMForCausalLM, rows: list, pixels: torch.Tensor) -> torch.Tensor:
     length = max(len(query) + len(answer) + 1 for _, query, answer in rows)
     ids = torch.zeros(len(rows), length, dtype=torch.long)
-    labels = torch.full_like(ids, IGNORE)
+    labels, mask = torch.full_like(ids, IGNORE), torch.zeros_like(ids)
     for row, (_, query, answer) in enumerate(rows):
         text = [*query, *answer, 2]
         ids[row, : len(text)] = torch.tensor(text)
+        mask[row, : len(text)] = 1
         labels[row, len(query) : len(text)] = torch.tensor(text[len(query) :])
     index = torch.tensor([image for image, _, _ in rows])
-    return model(pixel_values=pixels, image_index=index, branch_input_ids=ids, branch_labels=labels).loss
+    return model(
+        pixel_values=pixels,
+        image_index=index,
+        branch_input_ids=ids,
+        branch_attention_mask=mask,
+        branch_labels=labels,
+    ).loss
 
 
 def gradients(model: CogVLMForCausalLM) -> dict[str, torch.Tensor]:
@@ -58,7 +44,8 @@ def gradients(model: CogVLMForCausalLM) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_shared_prefix_equals_separate_sequences(model: CogVLMForCausalLM, recompute: bool) -> None:
-    model.model.gradient_checkpointing = recompute
+    if recompute:
+        model.activation_checkpointing_enable({"use_reentrant": False})
     together = call(model, ROWS, images())
     together.backward()
     shared = gradients(model)
@@ -69,6 +56,46 @@ def test_shared_prefix_equals_separate_sequences(model: CogVLMForCausalLM, recom
     assert shared.keys() == separate.keys()
     for name, gradient in shared.items():
         torch.testing.assert_close(gradient, separate[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_padding_changes_nothing_with_or_without_a_mask(model: CogVLMForCausalLM) -> None:
+    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 0, 0]])
+    given = {"pixel_values": images()[:1], "image_index": torch.tensor([0, 0]), "branch_input_ids": ids}
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    masked = model(**given, branch_attention_mask=mask).logits
+    torch.testing.assert_close(masked[mask == 1], model(**given).logits[mask == 1])
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_step_never_waits_for_the_device(recompute: bool) -> None:
+    """On the meta device any read of a device value raises."""
+    model = small_model().to("meta")
+    if recompute:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    ids = torch.tensor([[5, 6, 7, 2], [5, 6, 2, 0], [4, 4, 4, 2]])
+    output = model(
+        pixel_values=images().to("meta"),
+        image_index=torch.tensor([1, 0, 1]),
+        branch_input_ids=ids,
+        branch_attention_mask=(ids != 0).long(),
+        branch_labels=torch.where(torch.arange(4) < 2, IGNORE, ids).masked_fill(ids == 0, IGNORE),
+    )
+    output.loss.backward()
+    assert output.logits.shape == (5, 40)
+    assert all(p.grad is not None for n, p in model.named_parameters() if "layers.0" in n)
+
+
+def test_recomputing_also_covers_the_vision_tower(model: CogVLMForCausalLM) -> None:
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    model.model.vision.transformer.layers[0].attention.register_forward_hook(count)
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    call(model, ROWS, images()).backward()
+    assert calls == 2
 
 
 def test_every_answer_weighs_the_same_whatever_its_length(model: CogVLMForCausalLM) -> None:
@@ -127,5 +154,37 @@ def test_wrong_shapes_are_told_before_any_compute(model: CogVLMForCausalLM) -> N
     ids = torch.tensor([[5, 6]])
     with pytest.raises(ValueError, match="image_index"):
         model(pixel_values=images(), image_index=torch.tensor([0, 1]), branch_input_ids=ids)
+    with pytest.raises(ValueError, match="image_index 0..2"):
+        model(pixel_values=images(), image_index=torch.tensor([0, 2]), branch_input_ids=ids.expand(2, -1))
+    with pytest.raises(ValueError, match="pixel_values"):
+        model(pixel_values=images()[..., 1:], image_index=torch.tensor([0]), branch_input_ids=ids)
+    with pytest.raises(ValueError, match="branch_attention_mask"):
+        padded_left = torch.tensor([[0, 1]])
+        one = torch.tensor([0])
+        model(pixel_values=images(), image_index=one, branch_input_ids=ids, branch_attention_mask=padded_left)
     with pytest.raises(ValueError, match="image slots"):
         model(input_ids=ids, token_type_ids=torch.tensor([[0, 1]]), pixel_values=images())
+
+
+@pytest.mark.parametrize(
+    ("width", "heads", "layers", "side", "vision_heads"), [(16, 1, 1, 1, 1), (48, 6, 2, 2, 3), (40, 2, 4, 5, 4)]
+)
+def test_no_size_is_special(width: int, heads: int, layers: int, side: int, vision_heads: int) -> None:
+    """A plain row and a branch are the same numbers in any shape."""
+    vision = {
+        "hidden_size": 24, "num_hidden_layers": layers, "num_heads": vision_heads, "intermediate_size": 20,
+        "image_size": 14 * side, "patch_size": 14, "num_positions": side**2 + 1,
+    }  # fmt: skip
+    torch.manual_seed(1)
+    config = CogVLMConfig(
+        vocab_size=31, hidden_size=width, intermediate_size=28, num_hidden_layers=layers, num_attention_heads=heads,
+        initializer_range=0.2, vision_config=vision,
+    )  # fmt: skip
+    model = CogVLMForCausalLM(config)
+    pixels, text = torch.randn(1, 3, 14 * side, 14 * side), torch.tensor([[5, 6, 7, 8, 9]])
+    n = side**2 + 2
+    ids = torch.cat([torch.tensor([[1] + [0] * n]), text], dim=1)
+    types = torch.tensor([[0] + [1] * n + [0] * 5])
+    plain = model(ids, types, None, pixels).logits[:, -5:]
+    branch = model(pixel_values=pixels, image_index=torch.tensor([0]), branch_input_ids=text).logits
+    torch.testing.assert_close(plain, branch, rtol=1e-4, atol=1e-5)

@@ -27,6 +27,13 @@ def test_targets_name_what_covers_each_patch() -> None:
     assert torch.allclose(targets.box[0, 0], torch.tensor([-0.0625, -0.0625, 0.4375, 0.4375]))
 
 
+def test_a_head_without_a_rotation_is_a_head_without_axes() -> None:
+    bare = Record(RECORD.image, [Head((0.0, 0.0, 40.0, 40.0), None)])
+    targets = dense_targets([bare], side=8)
+    assert targets.kind[0, 0] == KINDS.index("head") and targets.box[0, 0].isfinite().all()
+    assert targets.axes.isnan().all()
+
+
 def test_unknown_targets_give_no_gradient_and_no_nan() -> None:
     heads = DenseHeads(4, 6)
     patches, tokens = torch.randn(2, 64, 4, requires_grad=True), torch.randn(2, 64, 6, requires_grad=True)

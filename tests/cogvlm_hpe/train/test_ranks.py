@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,16 @@ def test_another_world_size_and_zero_stage_go_on_with_the_same_losses(place: Pat
     assert losses(place, "other") == pytest.approx(losses(place, whole_run), rel=1e-5)
 
 
+def test_a_whole_model_goes_on_split_over_ranks(place: Path) -> None:
+    whole = ("--adapter", "null", "--train.lr", "0.001")
+    done = train(place, "model", *whole, "--train.zero_stage", "1")
+    assert done.returncode == 0, done.stderr
+    assert train(place, "split", *whole, "--train.stop_after", "2").returncode == 85
+    done = train(place, "split", *whole, "--resume", "--train.zero_stage", "3", ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert losses(place, "split") == pytest.approx(losses(place, "model"), rel=1e-5)
+
+
 def test_a_run_folder_tells_its_story(place: Path, whole_run: str) -> None:
     run = place / whole_run
     names = {path.name for path in run.iterdir()}
@@ -96,6 +107,8 @@ def test_a_run_folder_tells_its_story(place: Path, whole_run: str) -> None:
     start = json.loads((run / "run.json").read_text())["starts"][0]
     assert (start["ranks"], start["threads_per_rank"]) == (1, 1)
     assert any((run / "tensorboard").iterdir())
+    log = (run / "log.txt").read_text()
+    assert re.search(r"language\.attention +2 +8 +1,536  float32", log) and "parameters train (" in log
 
 
 def test_the_adapter_is_plain_peft(place: Path, whole_run: str) -> None:

@@ -1,0 +1,163 @@
+"""The plan of a run against what real tensors take."""
+
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_model import VISION, images
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from cogvlm_hpe import cli
+from cogvlm_hpe.config import AdapterConfig, ModelConfig, RunConfig, SetConfig, ShardsConfig, TrainConfig
+from cogvlm_hpe.model.configuration import CogVLMConfig
+from cogvlm_hpe.model.modeling import CogVLMForCausalLM
+from cogvlm_hpe.train.adapter import add_lora
+from cogvlm_hpe.train.plan import _batch, plan, trace
+from cogvlm_hpe.train.plan_command import find_config
+from launcher.errors import UsageError
+
+
+class Allocations(TorchDispatchMode):
+    """Every storage that an operator returns, while it is alive; views of parameters are none of them."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                if storage._cdata in self.parameters:
+                    continue
+                self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        return out
+
+    def alive_bytes(self) -> int:
+        """Bytes still held by somebody."""
+        gc.collect()
+        return sum(size for held, size in self.storages.values() if not held.expired())
+
+
+def small_config() -> CogVLMConfig:
+    """Wide enough that activations weigh more than bookkeeping."""
+    vision = VISION | {"hidden_size": 64, "num_heads": 4, "intermediate_size": 128, "image_size": 112}
+    return CogVLMConfig(
+        vocab_size=300, hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
+        vision_config=vision | {"num_positions": 65},
+    )  # fmt: skip
+
+
+def run_config(recompute: bool = False, **adapter: Any) -> RunConfig:
+    return RunConfig(
+        run_dir="",
+        model=ModelConfig(base="tiny", dtype="fp32"),
+        shards=ShardsConfig(train=[SetConfig("x")], batch=64),
+        adapter=AdapterConfig(rank=4, **adapter),
+        train=TrainConfig(micro_batch=2, zero_stage=2, gradient_checkpointing=recompute),
+    )
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    "adapter", [{"scope": "text"}, {"scope": "all"}, {"scope": "all", "targets": ["vit.mlp", "language.mlp"]}]
+)
+def test_activations_are_within_15_percent_of_the_bytes_a_real_step_holds(adapter: dict, recompute: bool) -> None:
+    config, model_config = run_config(recompute, **adapter), small_config()
+    traced = trace(config, model_config, questions=3, tokens=40)
+    torch.manual_seed(0)
+    model = CogVLMForCausalLM(model_config).train()
+    add_lora(model, config.adapter, "")
+    if recompute:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    batch = _batch(2, 3, 40, model_config, torch.float32)
+    batch["pixel_values"] = images(2).repeat(1, 1, 3, 3)[..., :112, :112].contiguous()
+    with Allocations(model) as allocations:
+        loss = model(**batch).loss
+    held = allocations.alive_bytes()
+    loss.backward()
+    planned = traced.saved_elsewhere + (traced.layer_inputs if recompute else traced.saved_in_layers)
+    assert planned == pytest.approx(held, rel=0.15)
+
+
+def test_flops_are_those_of_the_matrices() -> None:
+    config, model_config = run_config(scope="text"), small_config()
+    traced = trace(config, model_config, questions=3, tokens=40)
+    width, inner, layers, images_, text = 128, 256, 3, 2, 2 * 3 * 40
+    prefix = images_ * 67
+    a_layer = 2 * (4 * width * width + 3 * width * inner)
+    decoder = (layers - 1) * prefix * a_layer + prefix * 2 * 3 * width * width + layers * text * a_layer
+    attention = 4 * width * images_ * ((layers - 1) * 67 * 67 + layers * 120 * (67 + 120))
+    tower_width, tower = 64, images_ * 65 * 2 * 2 * (4 * 64 * 64 + 2 * 64 * 128)
+    tower += images_ * 2 * 4 * 65 * 65 * tower_width + images_ * 64 * 2 * (588 * 64 + 64 * width + 3 * width * inner)
+    head = 2 * (2 * 3 * 10) * width * 300
+    assert traced.forward_flops == pytest.approx(decoder + attention + tower + head, rel=0.03)
+    assert traced.backward_flops < traced.forward_flops
+
+
+def test_what_each_zero_stage_divides() -> None:
+    traced = trace(run_config(), small_config(), questions=3, tokens=40)
+    plans = {}
+    for stage in (0, 1, 2, 3):
+        config = run_config()
+        config.train.zero_stage = stage
+        plans[stage] = plan(config, traced, gpus=8).memory
+    trained = traced.trained
+    assert [plans[s]["optimizer"] for s in range(4)] == [8 * trained, 1.5 * trained, 1.5 * trained, 1.5 * trained]
+    assert [plans[s]["gradients"] for s in range(4)] == [4 * trained, 4 * trained, trained / 2, trained / 2]
+    assert [plans[s]["weights"] for s in range(4)] == [traced.weights] * 3 + [traced.weights / 8]
+    assert plans[3]["gathered layers"] > 0 == plans[2]["gathered layers"]
+
+
+@pytest.mark.slow
+def test_the_published_model_is_traced_in_its_true_shapes() -> None:
+    config = run_config(recompute=True, scope="text")
+    config.model.dtype = "bf16"
+    config.train.micro_batch = 1
+    traced = trace(config, CogVLMConfig.named("cogvlm-grounding-generalist"), questions=1, tokens=32)
+    assert traced.weights == 2 * (17_639_685_376 + traced.trained)
+    # By hand: tower 11.2, decoder 17.1, adapter 0.35 TFLOP.
+    assert traced.forward_flops == pytest.approx(28.6e12, rel=0.05)
+
+
+def plan_json(capsys: pytest.CaptureFixture[str], tmp_path: Path, *words: str) -> list[dict[str, Any]]:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "run_dir: x\nmodel: {base: tiny}\nadapter: {rank: 4}\nshards: {train: [{path: x}], batch: 8}\n"
+        "train: {max_steps: 10}\n"
+    )
+    cli.main(["plan", "--config", str(file), "--json", *words])
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_command_prints_a_column_for_each_number_of_gpus(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    one, eight = plan_json(capsys, tmp_path, "--gpus", "1,8", "--train.zero_stage", "3")
+    assert (one["gpus"], eight["gpus"]) == (1, 8)
+    assert eight["memory_gb"]["weights"] <= one["memory_gb"]["weights"]
+    assert eight["step_s"] == pytest.approx(one["step_s"] / 8, abs=1e-3)
+    assert one["fits"] and one["trained_parameters"] == eight["trained_parameters"] > 0
+
+
+def test_a_base_that_is_not_there_is_planned_by_its_published_name(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert find_config("/models/cogvlm-grounding-generalist-hf").image_tokens == 1225
+    assert find_config("/models/cogvlm-base-224").image_tokens == 256
+    with pytest.raises(UsageError, match="not named like one of"):
+        find_config("/models/somebody-elses")
+
+
+def test_too_little_memory_is_exit_code_1(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("run_dir: x\nmodel: {base: tiny}\nadapter: {rank: 4}\nshards: {train: [{path: x}], batch: 8}\n")
+    assert cli.main(["plan", "--config", str(file), "--gpu-memory", "1"]) == 1
+    assert cli.main(["plan", "--config", str(file), "--gpu-memory", "80"]) == 0
