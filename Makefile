@@ -18,6 +18,7 @@ demo: .venv/installed
 	$(BIN)/cogvlm-hpe demo
 
 test: lint
+	tests/install.sh
 	$(BIN)/python -m pytest -m "not slurm"
 
 lint: .venv/installed-test
@@ -50,11 +51,12 @@ clean:
 	$(BIN)/python -m pip install --progress-bar off -c constraints.txt -e .
 	touch $@
 
-# SwissArmyTransformer alone: what it requires (boto3, datasets, …) contradicts our versions and loading needs none of it.
+# SwissArmyTransformer and sixdrepnet alone: what they require (boto3, datasets, torchvision, …) contradicts our versions,
+# and what is compared with needs none of it.
 .venv/installed-test: .venv/installed
 	@echo "== what 'test' needs besides"
 	$(BIN)/python -m pip install --progress-bar off -c constraints.txt -e ".[test]"
-	$(BIN)/python -m pip install --progress-bar off -c constraints.txt --no-deps SwissArmyTransformer
+	$(BIN)/python -m pip install --progress-bar off -c constraints.txt --no-deps SwissArmyTransformer sixdrepnet
 	touch $@
 
 .venv/installed-%: .venv/installed

@@ -15,6 +15,8 @@ COMMANDS = {
     "evaluate": "cogvlm_hpe.evaluate.command",
     "report": "cogvlm_hpe.evaluate.report_command",
     "predict": "cogvlm_hpe.predict",
+    "label": "cogvlm_hpe.label",
+    "train-cnn": "cogvlm_hpe.evaluate.baselines.train_cnn",
     "plan": "cogvlm_hpe.train.plan_command",
     "convert": "cogvlm_hpe.convert",
     "demo": "cogvlm_hpe.demo",

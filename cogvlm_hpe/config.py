@@ -9,6 +9,7 @@ from typing import Any, Literal
 from cogvlm_hpe.dialogue import DEFAULT_PROMPTS, AnswerFormat, Task
 from launcher.errors import UsageError
 
+BestBy = Literal["geodesic_deg", "mae_deg", "grounding_accuracy", "what_accuracy", "facing_accuracy"]
 MIN_VISIBLE = 0.5
 """Heads less visible than this are neither taught nor judged, unless a config says otherwise."""
 
@@ -73,6 +74,19 @@ class SetConfig:
 
 
 @dataclass
+class JudgedSetConfig:
+    """One shard set on which a run is judged while it trains.
+
+    Args:
+        path: folder of the set
+        ask: which questions are asked about its images
+    """
+
+    path: str
+    ask: list[Task] = field(default_factory=lambda: ["pose", "where"])
+
+
+@dataclass
 class AugmentConfig:
     """How far images may be changed, with their boxes, poses and camera.
 
@@ -93,6 +107,7 @@ class ShardsConfig:
 
     Args:
         train: the mix
+        val: sets to judge on, see train.evaluate_every
         batch: images in one global batch, over all ranks; a multiple of the ranks
         seed: order of the samples and choice of the questions
         workers: reader processes a rank
@@ -106,6 +121,7 @@ class ShardsConfig:
     """
 
     train: list[SetConfig]
+    val: list[JudgedSetConfig] = field(default_factory=list)
     batch: int = 64
     seed: int = 1
     workers: int = 0
@@ -156,9 +172,14 @@ class TrainConfig:
         gradient_checkpointing: recompute layers in the backward pass
         seed: of fresh weights and of dropout
         auxiliary: extra losses for a small model; a pretrained CogVLM needs none (null)
+        deepspeed: more of DeepSpeed's own config, such as offload; what other keys decide is refused here
         save_every: steps between checkpoints
-        keep: checkpoints kept, the newest ones
+        async_save: write checkpoints beside the next steps
+        keep: checkpoints kept, the newest ones; the best one is kept besides
+        evaluate_every: steps between judgements on shards.val, one before the first step; 0 for none
         log_every: steps between lines in the log and points in TensorBoard
+        timeout_s: longest time without a step, save or batch judged; then the silent ranks are named, and the run ends
+        profile: write a trace of three steps, after two, for TensorBoard or Perfetto
     """
 
     max_steps: int = 1000
@@ -175,9 +196,35 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     seed: int = 1
     auxiliary: AuxiliaryConfig | None = None
+    deepspeed: dict[str, Any] = field(default_factory=dict)
     save_every: int = 200
+    async_save: bool = False
     keep: int = 2
+    evaluate_every: int = 0
     log_every: int = 10
+    timeout_s: float = 900.0
+    profile: bool = False
+
+
+@dataclass
+class EvaluateConfig:
+    """Judging while training, by the evaluator's own decoding and scores.
+
+    Args:
+        batch: images a rank takes at once
+        limit: images of each set of shards.val: its first ones in key order
+        questions: questions decoded at once
+        max_new_tokens: end of an answer
+        decode: greedy, or expectation: a valid pose is the mean over the distribution of its digits
+        best: the score that makes a checkpoint the best one
+    """
+
+    batch: int = 16
+    limit: int = 128
+    questions: int = 64
+    max_new_tokens: int = 48
+    decode: Literal["greedy", "expectation"] = "greedy"
+    best: BestBy = "geodesic_deg"
 
 
 @dataclass
@@ -189,6 +236,7 @@ class RunConfig:
     shards: ShardsConfig
     adapter: AdapterConfig | None = None
     train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
 # What a resumed run may change without becoming another run: speed, place and bookkeeping.
@@ -200,8 +248,24 @@ _FREE_KEYS = {
     "train.micro_batch",
     "train.gradient_checkpointing",
     "train.save_every",
+    "train.async_save",
     "train.keep",
+    "train.evaluate_every",
     "train.log_every",
+    "train.timeout_s",
+    "train.profile",
+    "train.deepspeed",
+    "shards.val",
+}
+_OWN_DEEPSPEED_KEYS = {
+    "train_batch_size": "shards.batch",
+    "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "gradient_accumulation_steps": "shards.batch and train.micro_batch",
+    "gradient_clipping": "train.clip",
+    "optimizer": "train.lr and its neighbours",
+    "scheduler": "train.warmup_steps and train.max_steps",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
 }
 
 
@@ -222,13 +286,17 @@ def flatten(config: RunConfig) -> dict[str, Any]:
 def changes(saved: RunConfig, now: RunConfig) -> list[str]:
     """Keys whose change breaks the exactness of a resumed run, each as `key: old -> new`."""
     before, after = flatten(saved), flatten(now)
-    keys = sorted((before.keys() | after.keys()) - _FREE_KEYS)
+    keys = sorted(key for key in before.keys() | after.keys() if not _is_free(key))
     return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
+
+
+def _is_free(key: str) -> bool:
+    return key in _FREE_KEYS or key.startswith(("evaluate.", "train.deepspeed."))
 
 
 def check(config: RunConfig) -> None:
     """Rules between keys. Raises UsageError naming the key, the value and the remedy."""
-    shards, train, adapter = config.shards, config.train, config.adapter
+    shards, train, adapter, evaluate = config.shards, config.train, config.adapter, config.evaluate
     for name, value in (
         ("shards.batch", shards.batch),
         ("shards.questions", shards.questions),
@@ -237,6 +305,9 @@ def check(config: RunConfig) -> None:
         ("train.save_every", train.save_every),
         ("train.keep", train.keep),
         ("train.log_every", train.log_every),
+        ("evaluate.batch", evaluate.batch),
+        ("evaluate.limit", evaluate.limit),
+        ("evaluate.questions", evaluate.questions),
     ):
         if value < 1:
             raise UsageError(f"{name} {value}: must be at least 1")
@@ -258,6 +329,28 @@ def check(config: RunConfig) -> None:
         raise UsageError(f"train.auxiliary.dense {auxiliary.dense}: tower_only trains on nothing else, so above 0")
     if config.model.random_init and adapter:
         raise UsageError("model.random_init with an adapter: a random base is trained whole; leave `adapter` out")
+    _check_watching(config)
+    _check_deepspeed(train)
+
+
+def _check_watching(config: RunConfig) -> None:
+    train = config.train
+    if train.timeout_s <= 0:
+        raise UsageError(f"train.timeout_s {train.timeout_s}: must be above 0")
+    if train.evaluate_every < 0:
+        raise UsageError(f"train.evaluate_every {train.evaluate_every}: must be 0 (never) or more")
+    if train.evaluate_every and not config.shards.val:
+        raise UsageError(f"train.evaluate_every {train.evaluate_every}: name the sets to judge on in shards.val")
+    if train.evaluate_every and train.zero_stage == 3 and config.evaluate.decode != "greedy":
+        raise UsageError("evaluate.decode expectation with train.zero_stage 3: ranks would part; take greedy")
+
+
+def _check_deepspeed(train: TrainConfig) -> None:
+    for key in train.deepspeed:
+        if key in _OWN_DEEPSPEED_KEYS:
+            raise UsageError(f"train.deepspeed.{key}: decided by {_OWN_DEEPSPEED_KEYS[key]}; set it there")
+    if "stage" in train.deepspeed.get("zero_optimization", {}):
+        raise UsageError("train.deepspeed.zero_optimization.stage: decided by train.zero_stage; set it there")
 
 
 def check_world(config: RunConfig, size: int) -> int:

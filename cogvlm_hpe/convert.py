@@ -2,8 +2,12 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from launcher.errors import UsageError
+from launcher.errors import UsageError, UserError
+
+if TYPE_CHECKING:
+    from cogvlm_hpe.model.convert import Source
 
 HELP = "turn checkpoints and adapters of the original SAT code into Hugging Face form, or back"
 DETAILS = """
@@ -57,16 +61,25 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"{args.source}: is a Hugging Face (peft) adapter already; --merge adds it to its base")
     if args.merge:
         source = convert.merged(source)
+    try:
+        _write(source, args)
+    except OSError as error:
+        raise UserError(f"{args.out}: cannot be written ({error.strerror}); nothing is left of it there") from None
+    if isinstance(source.weights, MergedWeights) and source.weights.rounding:
+        print(f"rounding to the base's dtype changed the LoRA's part by {source.weights.rounding:.2%}")
+    print(f"wrote {args.out}")
+    return 0
+
+
+def _write(source: "Source", args: argparse.Namespace) -> None:
+    from cogvlm_hpe.model import convert
+
     if args.only_adapter:
         convert.write_adapter_only(source, args.out, args.lora_alpha)
     elif args.to == "hf":
         convert.write_hf(source, args.out, int(args.max_shard_gb * 1e9), args.lora_alpha)
     else:
         convert.write_sat(source, args.out, args.mp)
-    if isinstance(source.weights, MergedWeights) and source.weights.rounding:
-        print(f"rounding to the base's dtype changed the LoRA's part by {source.weights.rounding:.2%}")
-    print(f"wrote {args.out}")
-    return 0
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -139,7 +139,7 @@ def _evaluate(folder: Path, system: str, on: str, nproc: int) -> Stage:
     model = folder / "lora" / "last" if system == "lora" else folder / system
     out = folder / "evaluation" / on / system
     command = _program("launcher", "evaluate", "--nproc", nproc, "--model", model, "--name", system)
-    command += ["--shards", str(folder / "shards" / on), "--out", str(out)]
+    command += ["--shards", str(folder / "shards" / on), "--out", str(out), "--resume"]
     return Stage(f"evaluate {system} on {on}", out / "metrics.json", command)
 
 

@@ -52,6 +52,13 @@ class Comm:
     def barrier(self) -> None:
         """All ranks. Returns once every rank has arrived."""
 
+    def post(self, key: str, text: str) -> None:
+        """Leave a note for the other ranks; may be called by any thread, while another one waits for ranks."""
+
+    def posted(self, key: str) -> str | None:
+        """A note that a rank has left, or None."""
+        return None
+
     def _reduce(self, array: np.ndarray, operation: str) -> np.ndarray:
         return array
 
@@ -158,6 +165,18 @@ class _Torch(Comm):
     def barrier(self) -> None:
         # Not distributed.barrier(): with nccl in the group that one would wait for the device's work.
         self._reduce(np.zeros(1), "SUM")
+
+    def post(self, key: str, text: str) -> None:
+        self._store().set(key, text)
+
+    def posted(self, key: str) -> str | None:
+        store = self._store()
+        return store.get(key).decode() if store.check([key]) else None
+
+    def _store(self) -> Any:
+        from torch.distributed import distributed_c10d
+
+        return distributed_c10d._get_default_store()
 
     def _reduce(self, array: np.ndarray, operation: str) -> np.ndarray:
         import torch

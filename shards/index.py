@@ -5,6 +5,8 @@ samples and for 10^8, and the processes of one machine share the pages. Its arra
 
     shard (N,)  image_offset image_size json_offset json_size (N,) bytes in the tar  key (N,)
     n_heads n_objects (N,)  subject (N,) head_subject (H,) numbers of `subjects`, the sorted table of names
+
+A set may also be elsewhere, at a URL: its index is copied here once, and its tars, whole, when they are first read.
 """
 
 import json
@@ -21,14 +23,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from launcher.errors import UserError
+from shards.cache import Cache
 from shards.record import Record, RecordError, from_json
+from shards.remote import Remote, as_url
 
 FORMAT = "hpe-shards-1"
 INDEX_JSON, INDEX_NPZ = "index.json", "index.npz"
 HEADER = 512  # a tar member's header, in the USTAR form the shards are written in
 KEY = re.compile(r"(?=.{1,90}\Z)[A-Za-z0-9_-]+(?:/[A-Za-z0-9_-]+)*")
 """Keys of samples: a dot would end them for webdataset readers."""
+_TAR_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.tar")
+_PER_SAMPLE = ("image_offset", "image_size", "json_offset", "json_size", "n_heads", "n_objects", "subject")
+_EXTENSIONS = ("jpg", "png")
 _OPEN_TARS = 64
+_EVICTIONS = 5  # times a tar may vanish from the cache between its arrival and its reading
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -56,17 +64,23 @@ class Stored(NamedTuple):
 class ShardSet:
     """A finished set. Cheap to send to worker processes: they open it again; tars are opened when first read."""
 
-    def __init__(self, path: Path, info: dict[str, Any], arrays: Arrays) -> None:
+    def __init__(self, path: Path, info: dict[str, Any], arrays: Arrays, remote: Remote | None = None) -> None:
         self.path = path
+        """Folder of the index, and of the tars as far as they are here."""
         self.info = info
         self.arrays = arrays
+        self.remote = remote
+        """Where the tars come from, if not from `path`."""
         self._tars: OrderedDict[int, int] = OrderedDict()
+        # Bound once: a dozen look-ups a sample are a good part of what a sample costs.
+        self._shard_at, self._key_at = arrays["shard"].item, arrays["key"].item
+        self._spans_at = [arrays[f"{part}_{what}"].item for part in ("image", "json") for what in ("offset", "size")]
 
     def __len__(self) -> int:
         return len(self.arrays["shard"])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (open_set, (self.path,))
+        return (_open_folder, (self.path, self.remote))
 
     @property
     def n_heads(self) -> NDArray[np.int32]:
@@ -85,7 +99,7 @@ class ShardSet:
 
     def key(self, i: int) -> str:
         """The key of sample i."""
-        return str(bytes(self.arrays["key"][i]), "ascii")
+        return str(self._key_at(i), "ascii", "replace")
 
     def key_order(self) -> NDArray[np.int64]:
         """(N,) sample numbers sorted by key: the order of evaluations."""
@@ -96,29 +110,45 @@ class ShardSet:
         used = np.union1d(np.unique(self.arrays["subject"]), np.unique(self.arrays["head_subject"]))
         return {str(bytes(name), "utf-8") for name in self.arrays["subjects"][used]} - {""}
 
+    @property
+    def place(self) -> str:
+        """The set's folder or URL, for messages."""
+        return str(self.path) if self.remote is None else self.remote.shown
+
     def shard_name(self, i: int) -> str:
-        """File name of the tar that holds sample i."""
-        return str(self.info["shards"][int(self.arrays["shard"][i])]["file"])
+        """File name of the tar that holds sample i. Raises UserError where the index names no such tar."""
+        shard = self._shard_at(i)
+        if not 0 <= shard < len(self.info["shards"]):
+            raise UserError(
+                f"{self.place}, key {self.key(i)}: the index puts it into a shard that there is not; {_AGAIN}"
+            )
+        return str(self.info["shards"][shard]["file"])
 
     def read(self, i: int) -> Stored:
         """Sample i. Raises SampleError where its bytes are missing or not its own, UserError where the tar is."""
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of {len(self)}")
-        spans = [
-            tuple(int(self.arrays[f"{part}_{what}"][i]) for what in ("offset", "size")) for part in ("image", "json")
-        ]
-        start = min(offset for offset, _ in spans) - HEADER
-        stop = max(offset + size for offset, size in spans)
-        data = self._pread(i, start, stop - start)
-        if len(data) < stop - start:
-            raise self.sample_error(i, f"the tar ends at byte {start + len(data)}, the sample at byte {stop}")
-        key = self.key(i)
-        image_name, image = _member(data, spans[0][0] - start, spans[0][1])
-        json_name, text = _member(data, spans[1][0] - start, spans[1][1])
-        extension = image_name.rpartition(".")[2]
-        if json_name != f"{key}.json" or image_name not in (f"{key}.jpg", f"{key}.png"):
+        image_at, image_size, json_at, json_size = (at(i) for at in self._spans_at)
+        start = min(image_at, json_at) - HEADER
+        count = max(image_at + image_size, json_at + json_size) - start
+        # Before memory is given for it: a damaged index may ask for anything.
+        if start < 0 or min(image_size, json_size) < 0 or start + count > self._tar_bytes(i):
+            raise self.sample_error(i, "the index puts it outside the tar")
+        data = self._pread(i, start, count)
+        if len(data) < count:
+            raise self.sample_error(i, f"the tar ends at byte {start + len(data)}, the sample at byte {start + count}")
+        key = self._key_at(i)
+        image_at, json_at = image_at - start, json_at - start
+        named = data[image_at - HEADER : image_at - HEADER + 100]
+        for extension in _EXTENSIONS:
+            if named.startswith(b"%b.%b\0" % (key, extension.encode())):
+                break
+        else:
             raise self.sample_error(i, "the tar holds other bytes there than the index says")
-        return Stored(key, image, extension, text)
+        if not data.startswith(b"%b.json\0" % key, json_at - HEADER):
+            raise self.sample_error(i, "the tar holds other bytes there than the index says")
+        image, text = data[image_at : image_at + image_size], data[json_at : json_at + json_size]
+        return Stored(str(key, "ascii"), image, extension, text)
 
     def record(self, i: int) -> Record:
         """What is known of sample i. Raises SampleError (a record that breaks the schema too) or UserError."""
@@ -134,33 +164,68 @@ class ShardSet:
     def sample_error(self, i: int, what: str) -> SampleError:
         """The error for sample i: shard, key, what is wrong, and what to do."""
         key = self.key(i)
-        where = f"{self.path / self.shard_name(i)}, key {key}"
-        return SampleError(
-            f"{where}: {what}; run `hpe-shards verify {self.path}`, then copy the set again, or remove and build it",
-            key,
-        )
+        return SampleError(f"{self.place}/{self.shard_name(i)}, key {key}: {what}; {self._remedy()}", key)
+
+    def _remedy(self) -> str:
+        if self.remote is not None:
+            return f"{self.path} holds the copy that was read; check the set where it comes from"
+        return f"run `hpe-shards verify {self.path}`, then copy the set again, or remove and build it"
+
+    def _tar_bytes(self, i: int) -> int:
+        self.shard_name(i)
+        size: int = self.info["shards"][self._shard_at(i)]["bytes"]
+        return size
 
     def _pread(self, i: int, offset: int, count: int) -> bytes:
         """Up to `count` bytes: fewer only where the file ends (network file systems may return short reads)."""
-        path = self.path / self.shard_name(i)
+        shard = self._shard_at(i)
         try:
-            handle = self._tar(int(self.arrays["shard"][i]), path)
-            data = os.pread(handle, count, offset)
-            while len(data) < count and (more := os.pread(handle, count - len(data), offset + len(data))):
-                data += more
+            if self.remote is not None:
+                return self._pread_cached(shard, offset, count)
+            return _pread_all(self._tar(shard), offset, count)
         except FileNotFoundError:
+            tar = self.path / self.shard_name(i)
             raise UserError(
-                f"{path}: the index lists this shard but it is missing; copy the set again, or remove and build it"
+                f"{tar}: the index lists this shard but it is missing; copy the set again, or remove and build it"
             ) from None
         except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}); check the file system") from None
-        return data
+            tar = self.path / self.shard_name(i)
+            raise UserError(f"{tar}: cannot be read ({error.strerror}); check the file system") from None
 
-    def _tar(self, shard: int, path: Path) -> int:
+    def _pread_cached(self, shard: int, offset: int, count: int) -> bytes:
+        # Opened for one read only: a tar that is dropped from the cache gives its room back at once.
+        for _ in range(_EVICTIONS):
+            tar = self.bring(shard)
+            try:
+                handle = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue
+            try:
+                Cache.touch(handle)
+                return _pread_all(handle, offset, count)
+            finally:
+                os.close(handle)
+        raise UserError(
+            f"{self.path}: the cache drops shards faster than they are read; raise HPE_SHARDS_CACHE_GB, or shuffle by "
+            "fewer block_shards"
+        )
+
+    def tar(self, shard: int) -> Path:
+        """Where the tar of `shard` is on this machine, or would be."""
+        return self.path / str(self.info["shards"][shard]["file"])
+
+    def bring(self, shard: int) -> Path:
+        """The tar of `shard` on this machine, fetched first where the set is elsewhere. Raises UserError."""
+        entry, tar = self.info["shards"][shard], self.tar(shard)
+        if self.remote is not None and not tar.exists():
+            self.remote.bring(entry["file"], tar, entry["bytes"], entry["sha256"])
+        return tar
+
+    def _tar(self, shard: int) -> int:
         if shard in self._tars:
             self._tars.move_to_end(shard)
         else:
-            self._tars[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._tars[shard] = os.open(self.tar(shard), os.O_RDONLY | os.O_CLOEXEC)
             if len(self._tars) > _OPEN_TARS:
                 os.close(self._tars.popitem(last=False)[1])
         return self._tars[shard]
@@ -174,36 +239,72 @@ class ShardSet:
         self.close()
 
 
-def _member(data: bytes, at: int, size: int) -> tuple[str, bytes]:
-    """Name in the tar header before `at`, and the `size` bytes from there."""
-    name = data[at - HEADER : at - HEADER + 100].split(b"\0", 1)[0]
-    return name.decode("ascii", "replace"), data[at : at + size]
+def _pread_all(handle: int, offset: int, count: int) -> bytes:
+    data = os.pread(handle, count, offset)
+    while len(data) < count and (more := os.pread(handle, count - len(data), offset + len(data))):
+        data += more
+    return data
+
+
+_AGAIN = "copy the set again, or remove and build it"
 
 
 def open_set(path: str | Path) -> ShardSet:
-    """Open a finished shard set. Raises UserError where there is none, or where its index is damaged."""
+    """Open a finished shard set, in a folder or at a URL: http(s)://…, s3://… and others that fsspec knows, or
+    `pipe:COMMAND {}` for a command that writes the file named {} to its output.
+
+    Raises UserError where there is none, or where its index is damaged.
+    """
+    url = as_url(path)
+    if url is not None:
+        remote = Remote(url, Cache.from_environment())
+        return _open_folder(remote.bring_index(INDEX_JSON, INDEX_NPZ), remote)
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; build a set with `hpe-shards build SOURCE --out {path}`")
     if not (path / INDEX_JSON).is_file():
         remedy = f"run its `hpe-shards build … --out {path}` again, it goes on where it stopped"
         raise UserError(f"{path}: not a finished shard set (no {INDEX_JSON}); {remedy}")
+    return _open_folder(path, None)
+
+
+def _open_folder(path: Path, remote: Remote | None) -> ShardSet:
+    place = str(path) if remote is None else remote.shown
     try:
         info = json.loads((path / INDEX_JSON).read_text(encoding="utf-8"))
         known = info["format"] == FORMAT
         arrays = map_npz(path / INDEX_NPZ) if known else {}
-        whole = not known or len(arrays["shard"]) == info["counts"]["samples"]
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, struct.error) as error:
-        raise UserError(f"{path}: its index is damaged ({error}); copy the set again, or remove and build it") from None
+        whole = not known or _is_whole(info, arrays)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, zipfile.BadZipFile, struct.error) as error:
+        said = str(error).split("\n")[0]
+        raise UserError(f"{place}: its index is damaged ({type(error).__name__}: {said}); {_AGAIN}") from None
     if not known:
         raise UserError(
-            f"{path}: index format {info['format']!r}, only {FORMAT!r} is read; remove the set and build it"
+            f"{place}: index format {info['format']!r}, only {FORMAT!r} is read; remove the set and build it"
         )
     if not whole:
-        raise UserError(
-            f"{path}: {INDEX_NPZ} and {INDEX_JSON} are not of one build; copy the set again, or remove and build it"
-        )
-    return ShardSet(path, info, arrays)
+        raise UserError(f"{place}: {INDEX_NPZ} and {INDEX_JSON} are not of one build; {_AGAIN}")
+    return ShardSet(path, info, arrays, remote)
+
+
+def _is_whole(info: dict[str, Any], arrays: Arrays) -> bool:
+    """Whether the arrays belong to `info`. Raises ValueError, KeyError or TypeError for what no build has written."""
+    for shard in info["shards"]:
+        # A name with a folder in it would reach outside the set.
+        if not _TAR_NAME.fullmatch(shard["file"]):
+            raise ValueError(f"{shard['file']!r} is no name of a tar")
+        if type(shard["bytes"]) is not int or type(shard["samples"]) is not int or type(shard["sha256"]) is not str:
+            raise ValueError(f"{shard['file']}: bytes, samples and sha256 are a number, a number and a text")
+    samples = len(arrays["shard"])
+    for name in ("shard", *_PER_SAMPLE):
+        if arrays[name].shape != (samples,) or arrays[name].dtype.kind != "i":
+            raise ValueError(f"array {name} is not one whole number a sample")
+    if arrays["key"].shape != (samples,) or arrays["key"].dtype.kind != "S":
+        raise ValueError("array key is not one name a sample")
+    for name, kind in (("head_subject", "i"), ("subjects", "S")):
+        if arrays[name].ndim != 1 or arrays[name].dtype.kind != kind:
+            raise ValueError(f"array {name} is not a row of its kind")
+    return bool(samples == info["counts"]["samples"])
 
 
 def map_npz(path: Path) -> Arrays:
@@ -222,6 +323,8 @@ def map_npz(path: Path) -> Arrays:
             file.seek(member.header_offset + 30 + name_length + extra_length)
             np.lib.format.read_magic(file)
             shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            if dtype.hasobject:
+                raise ValueError(f"{path.name}: {member.filename} holds objects, which are never read")
             name = member.filename.removesuffix(".npy")
             empty = 0 in shape
             arrays[name] = np.empty(shape, dtype) if empty else _mapped(path, dtype, shape, file.tell())

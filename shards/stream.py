@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 
 from launcher.errors import UsageError, UserError
+from shards.ahead import Ahead, check_caches
 from shards.augment import Augment, Change
 from shards.fetch import fetch_in_order
 from shards.index import SampleError, ShardSet
@@ -29,6 +30,8 @@ OnBadSample = Literal["fail", "skip"]
 View: TypeAlias = "Callable[[np.ndarray, Record], torch.Tensor]"
 """What else may be made of an image (H, W, 3) and its record: any uint8 tensor, such as crops of its heads."""
 MOST_BAD_IN_A_ROW = 100
+AHEAD_BATCHES = 16
+"""So many batches before they are needed, shards of remote sets are asked for."""
 _AS_STORED = Augment()
 
 
@@ -87,6 +90,7 @@ class Stream:
         if not 0 <= rank < size:
             raise UsageError(f"rank {rank} of {size}: ranks count from 0")
         rank_share(range(plan.batch), rank, size)
+        check_caches(sets, plan)
         if callable(image_size) and augment not in (None, _AS_STORED):
             raise UsageError("a view of images as they are stored is not augmented; leave augment out")
         self.skipped = 0
@@ -169,10 +173,23 @@ class Reader:
 class _PlannedBatch:
     def __init__(self, reader: Reader, plan: Plan, rank: int, size: int, augment: Augment) -> None:
         self._reader, self._plan, self._rank, self._size, self._augment = reader, plan, rank, size, augment
+        self._asked = 0
+        self._ahead = Ahead() if any(shard_set.remote for shard_set in reader.sets) else None
 
     def __call__(self, n: int) -> list[Item]:
+        if self._ahead is not None:
+            self._ahead.want(self._shards_until(n + AHEAD_BATCHES))
         share = self._plan.share_at(n, self._rank, self._size)
         return [self._reader.item(slot, self._augment, self._plan.seed) for slot in share]
+
+    def _shards_until(self, n: int) -> Iterator[tuple[ShardSet, int]]:
+        """Remote shards that this rank's batches need up to batch n, from where the last call ended."""
+        for m in range(max(self._asked, n - 2 * AHEAD_BATCHES), n):
+            for slot in self._plan.share_at(m, self._rank, self._size):
+                shard_set = self._reader.sets[slot.set]
+                if shard_set.remote is not None:
+                    yield shard_set, int(shard_set.arrays["shard"][slot.sample])
+        self._asked = max(self._asked, n)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A plan may hold the heads of all samples: a worker makes its own, over the same mapped index.

@@ -9,17 +9,27 @@ from typing import TYPE_CHECKING, Any
 from launcher.errors import UsageError, UserError
 
 if TYPE_CHECKING:
+    from cogvlm_hpe.evaluate.answer import Decoding
+    from cogvlm_hpe.evaluate.baselines.judged import CropJudged
+    from cogvlm_hpe.model.load import Loaded
     from launcher.comm import Comm
     from shards.index import ShardSet
 
 HELP = "judge a model on a shard set: pose, grounding and answer formats"
 TASKS = ("pose", "where", "what", "facing", "tags")
+_SAID_OF_MODELS = ("scope", "answer_format", "prompts", "base_fingerprint", "merge")
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the judge."""
     add = parser.add_argument
-    add("--model", required=True, metavar="DIR", help="base folder, adapter folder (it names its base) or merged model")
+    add(
+        "--model",
+        required=True,
+        metavar="DIR",
+        help="base, adapter (it names its base), merged model, crop network (train-cnn) or 6DRepNet's weights file",
+    )
     add(
         "--adapter", type=Path, action="append", default=[], metavar="DIR",
         help="adapter to put on --model; several give one result folder each",
@@ -44,6 +54,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU per rank if there is one")
     add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on a GPU, else fp32")
+    add("--tokenizer", type=Path, metavar="DIR", help="where neither the base nor the adapter knows it")
+    add(
+        "--resume", action="store_true",
+        help="go on with an evaluation that was cut off: only what is left is judged, on any number of ranks",
+    )  # fmt: skip
+    add(
+        "--rank-timeout", type=_positive, default=1800, metavar="S",
+        help="end, and name the rank that all wait for, when none has moved for so long (default: %(default)s s)",
+    )  # fmt: skip
     add("--name", help="name of the system in reports (default: the folder's name)")
     add("--out", type=Path, required=True, metavar="DIR", help="result folder to make; must not exist")
 
@@ -73,14 +92,16 @@ def run(args: argparse.Namespace) -> int:
 
     comm = comms.mpi()
     torch.set_num_threads(args.threads)
-    shard_set = open_set(args.shards)
-    for adapter, out, name in jobs:
-        _judge_one(args, adapter, out, name, shard_set, comm)
+    if args.resume and all(_is_finished(out) for _, out, _ in jobs):
+        if comm.rank == 0:
+            print(f"{args.out}: finished before, kept")
+        return 0
+    _judge(args, jobs, open_set(args.shards), comm)
     return 0
 
 
 def plan_jobs(args: argparse.Namespace) -> list[tuple[Path | None, Path, str]]:
-    """(adapter, result folder, system's name) of each job. Raises UsageError where a result exists already."""
+    """(adapter, result folder, system's name) of each job. Raises UsageError where a result is, unless to resume."""
     alone = len(args.adapter) <= 1
     names = short_names(args.adapter or [Path(args.model)])
     if args.name and not alone:
@@ -91,9 +112,13 @@ def plan_jobs(args: argparse.Namespace) -> list[tuple[Path | None, Path, str]]:
         for adapter, name in zip(adapters, names, strict=True)
     ]
     for _, out, _ in jobs:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (args.resume and _is_finished(out)):
             raise UsageError(f"--out {out}: exists already; choose another folder or remove it")
     return jobs
+
+
+def _is_finished(out: Path) -> bool:
+    return (out / "metrics.json").is_file()
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
@@ -108,43 +133,87 @@ def short_names(folders: Sequence[Path]) -> list[str]:
     return [f"{i}-{name}" for i, name in enumerate(names)]
 
 
-def _judge_one(
-    args: argparse.Namespace, adapter: Path | None, out: Path, name: str, shard_set: "ShardSet", comm: "Comm"
+def _judge(
+    args: argparse.Namespace, jobs: Sequence[tuple[Path | None, Path, str]], shard_set: "ShardSet", comm: "Comm"
 ) -> None:
-    """All ranks. One model on one set."""
-    import torch
-
-    from cogvlm_hpe.evaluate import reduce
+    """All ranks. Every system of `jobs` on one set, in one pass over its images."""
+    from cogvlm_hpe.evaluate import reduce, unfinished
     from cogvlm_hpe.evaluate.answer import Decoding
-    from cogvlm_hpe.evaluate.decode import decode_set
-    from cogvlm_hpe.model.load import load
+    from cogvlm_hpe.evaluate.decode import decode_all
 
     start_s = time.time()
-    device, dtype = device_of(args.device), args.dtype
-    if dtype == "auto":
-        dtype = "fp32" if device == "cpu" else "bf16"
-    loaded = load(args.model, adapter, device=device, dtype=torch.float32 if dtype == "fp32" else torch.bfloat16)
+    device = device_of(args.device)
+    systems, dtype = _load(args, [adapter for adapter, _, _ in jobs if adapter is not None], device)
     decoding = Decoding(args.max_new_tokens, args.questions, args.decode)
-    rows, n_images = decode_set(
-        loaded, shard_set, comm, args.tasks, decoding,
-        batch=args.batch, limit=args.limit, workers=args.workers, description=name,
-    )  # fmt: skip
+    work = unfinished.begin(args.out, _identity(args, jobs, dtype, decoding, shard_set), args.resume, comm)
+    names = [name for _, _, name in jobs]
+    with work.watch(args.rank_timeout):
+        rows, n_images = decode_all(
+            systems, shard_set, comm, args.tasks, decoding, batch=args.batch, limit=args.limit, workers=args.workers,
+            description=names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more", unfinished=work,
+        )  # fmt: skip
+    facts = {"device": device, "model": str(Path(args.model).absolute()), "shards": str(args.shards.absolute())}
     if rows is None:
         return
-    if not rows:
-        raise UserError(f"{args.shards}: holds no head or object that --tasks {','.join(args.tasks)} could ask about")
-    header = {
-        "system": name,
-        "set": {key: shard_set.info.get(key) for key in ("name", "source", "split")} | {"images": n_images},
-        "model": {key: loaded.notes.get(key) for key in ("scope", "answer_format", "prompts", "base_fingerprint")},
-        "decoding": {"dtype": dtype, "batch": args.batch, **vars(decoding)},
+    for (adapter, out, name), system, own in zip(jobs, systems, rows, strict=True):
+        if _is_finished(out):
+            continue
+        if not own:
+            work.remove()
+            said = f"holds no head or object that --tasks {','.join(args.tasks)} could ask about"
+            raise UserError(f"{args.shards}: {said}")
+        header = {
+            "system": name,
+            "set": {key: shard_set.info.get(key) for key in ("name", "source", "split")} | {"images": n_images},
+            "model": {key: system.notes.get(key) for key in _SAID_OF_MODELS},
+            "decoding": {"dtype": dtype, "batch": args.batch, **vars(decoding)},
+        }
+        run_facts = reduce.run_facts(comm, args.threads, start_s, **facts, adapter=adapter and str(adapter.absolute()))
+        show(reduce.write_result(out, own, header, run_facts), out)
+    work.remove()
+
+
+def _identity(
+    args: argparse.Namespace,
+    jobs: Sequence[tuple[Path | None, Path, str]],
+    dtype: str,
+    decoding: "Decoding",
+    shard_set: "ShardSet",
+) -> dict[str, Any]:
+    """What must not change between the parts of one evaluation."""
+    return {
+        "--model": str(Path(args.model).absolute()),
+        "--adapter": [str(adapter.absolute()) for adapter, _, _ in jobs if adapter is not None],
+        "--tokenizer": args.tokenizer and str(args.tokenizer.absolute()),
+        "--shards": [str(args.shards.absolute()), len(shard_set)],
+        "--tasks": args.tasks,
+        "--limit": args.limit,
+        "--batch": args.batch,
+        "--dtype": dtype,
+        "--threads": args.threads,
+        "--max-new-tokens, --questions or --decode": list(vars(decoding).values()),
     }
-    facts = reduce.run_facts(
-        comm, args.threads, start_s, device=device, model=str(Path(args.model).absolute()),
-        adapter=adapter and str(adapter.absolute()), shards=str(args.shards.absolute()),
-    )  # fmt: skip
-    result = reduce.write_result(out, rows, header, facts)
-    show(result, out)
+
+
+def _load(
+    args: argparse.Namespace, adapters: Sequence[Path], device: str
+) -> "tuple[Sequence[Loaded | CropJudged], str]":
+    """The systems to judge, and their number format."""
+    import torch
+
+    from cogvlm_hpe.evaluate.baselines import cnn, sixdrepnet
+    from cogvlm_hpe.model.load import load, load_several
+
+    for known, read in ((cnn.is_cnn, cnn.load_judged), (sixdrepnet.is_sixdrepnet, sixdrepnet.load_judged)):
+        if known(Path(args.model)):
+            if adapters:
+                raise UsageError(f"--adapter {adapters[0]}: {args.model} is a crop network, which takes none")
+            return [read(Path(args.model), device)], "fp32"
+    dtype = args.dtype if args.dtype != "auto" else "fp32" if device == "cpu" else "bf16"
+    how: dict[str, Any] = {"device": device, "dtype": getattr(torch, _DTYPES[dtype]), "tokenizer": args.tokenizer}
+    if len(adapters) < 2:
+        return [load(args.model, *adapters, **how)], dtype
+    return load_several(args.model, adapters, **how), dtype
 
 
 def device_of(wanted: str) -> str:

@@ -5,7 +5,7 @@ visible; boxes are pixels of the stored image.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -13,10 +13,12 @@ from cogvlm_hpe import asking, dialogue
 from cogvlm_hpe.asking import Question
 from cogvlm_hpe.dialogue import Task
 from cogvlm_hpe.evaluate import metrics
-from cogvlm_hpe.evaluate.answer import Answer, Decoding, answer
+from cogvlm_hpe.evaluate.answer import Answer, Decoding, answer, encode
+from cogvlm_hpe.evaluate.baselines.judged import CropJudged
 from cogvlm_hpe.evaluate.live import Totals
 from cogvlm_hpe.evaluate.reduce import collect
 from cogvlm_hpe.evaluate.summary import ANGLES, Row
+from cogvlm_hpe.evaluate.unfinished import Unfinished
 from launcher.comm import Comm
 from launcher.progress import Progress
 from shards.index import ShardSet
@@ -25,7 +27,11 @@ from shards.record import Head, Record
 from shards.stream import Item, read_all
 
 if TYPE_CHECKING:
+    from cogvlm_hpe.evaluate.baselines.crops import CropView
     from cogvlm_hpe.model.load import Loaded
+
+System: TypeAlias = "Loaded | CropJudged"
+"""Who can be judged: a language model, or a network on head crops."""
 
 _DIGITS = 4
 
@@ -102,40 +108,80 @@ def _pose_errors(predicted: Sequence[float], truth: Sequence[float]) -> dict[str
     }
 
 
-def decode_batch(loaded: "Loaded", items: Sequence[Item], tasks: Sequence[Task], decoding: Decoding) -> list[Row]:
-    """All rows of a batch, answered and judged, images in order."""
+def decode_batch(loaded: System, items: Sequence[Item], tasks: Sequence[Task], decoding: Decoding) -> list[Row]:
+    """All rows of a batch, answered and judged, images in order. A crop network is asked about poses alone."""
+    return decode_systems([loaded], items, tasks, decoding)[0]
+
+
+def decode_systems(
+    systems: Sequence[System], items: Sequence[Item], tasks: Sequence[Task], decoding: Decoding
+) -> list[list[Row]]:
+    """`decode_batch` of each system. Adapters of scope `text` on one base share the work on the images."""
+    asked = [_asked(system, items, tasks) for system in systems]
+    rows: list[list[Row]] = [[] for _ in systems]
+    for start in range(0, max(map(len, asked)), decoding.questions):
+        prefixes: dict[int, Any] = {}
+        for system, about, done in zip(systems, asked, rows, strict=True):
+            part = about[start : start + decoding.questions]
+            if not part:
+                continue
+            if isinstance(system, CropJudged):
+                answers = system.answers(items, part)
+            else:
+                answers = _answers(system, items, part, decoding, prefixes)
+            answer_format = system.notes["answer_format"]
+            done += [judge(row, given, answer_format) for (_, row), given in zip(part, answers, strict=True)]
+    return rows
+
+
+def _asked(system: System, items: Sequence[Item], tasks: Sequence[Task]) -> list[tuple[int, Row]]:
+    return [
+        (number, row)
+        for number, item in enumerate(items)
+        if item.record is not None
+        for row in questions(item.key, item.record, _asked_of(system, tasks), system.notes)
+    ]
+
+
+def _answers(
+    loaded: "Loaded",
+    items: Sequence[Item],
+    part: Sequence[tuple[int, Row]],
+    decoding: Decoding,
+    prefixes: dict[int, Any],
+) -> list[Answer]:
+    """Answers to `part`; `prefixes` keeps, by base, what other systems asked the same can use of it."""
     import torch
 
     from cogvlm_hpe.train.batch import normalise
 
-    asked = [
-        (number, row)
-        for number, item in enumerate(items)
-        if item.record is not None
-        for row in questions(item.key, item.record, tasks, loaded.notes)
-    ]
     weight = next(loaded.model.parameters())
-    rows: list[Row] = []
-    for start in range(0, len(asked), decoding.questions):
-        part = asked[start : start + decoding.questions]
-        needed = sorted({number for number, _ in part})
-        pixels = torch.stack([image for number in needed if (image := items[number].image) is not None])
-        answers = answer(
-            loaded,
-            normalise(pixels).to(weight.device, weight.dtype),
-            [needed.index(number) for number, _ in part],
-            [row["task"] for _, row in part],
-            [row["question"] for _, row in part],
-            decoding,
-        )
-        rows += [
-            judge(row, given, loaded.notes["answer_format"]) for (_, row), given in zip(part, answers, strict=True)
-        ]
-    return rows
+    needed = sorted({number for number, _ in part})
+    stacked = torch.stack([image for number in needed if (image := items[number].image) is not None])
+    pixels = normalise(stacked).to(weight.device, weight.dtype)
+    # Models on the same memory of one base see the same image, unless an adapter works on its tokens too.
+    prefix = prefixes.get(weight.data_ptr()) if loaded.model.adapter_scope == "text" else None
+    if prefix is None:
+        prefix = encode(loaded, pixels)
+        if loaded.model.adapter_scope == "text":
+            prefixes[weight.data_ptr()] = prefix
+    return answer(
+        loaded,
+        pixels,
+        [needed.index(number) for number, _ in part],
+        [row["task"] for _, row in part],
+        [row["question"] for _, row in part],
+        decoding,
+        prefix=prefix,
+    )
+
+
+def _asked_of(system: System, tasks: Sequence[Task]) -> Sequence[Task]:
+    return [task for task in tasks if task == "pose"] if isinstance(system, CropJudged) else tasks
 
 
 def decode_set(
-    loaded: "Loaded",
+    loaded: System,
     shard_set: ShardSet,
     comm: Comm,
     tasks: Sequence[Task],
@@ -150,22 +196,64 @@ def decode_set(
 
     A batch is the same images on any number of ranks, so its answers are the same numbers.
     """
-    n_images = min(len(shard_set), limit or len(shard_set))
-    n_batches = len(consecutive_batches(n_images, batch))
-    mine = read_all(
-        shard_set, comm.rank, comm.size, batch, loaded.model.config.vision_config["image_size"], workers, limit
+    rows, n_images = decode_all(
+        [loaded], shard_set, comm, tasks, decoding, batch=batch, limit=limit, workers=workers, description=description
     )
-    parts, totals = [], Totals()
+    return (None if rows is None else rows[0]), n_images
+
+
+def decode_all(
+    systems: Sequence[System],
+    shard_set: ShardSet,
+    comm: Comm,
+    tasks: Sequence[Task],
+    decoding: Decoding,
+    *,
+    batch: int,
+    limit: int | None = None,
+    workers: int = 0,
+    description: str = "evaluate",
+    unfinished: Unfinished | None = None,
+) -> tuple[list[list[Row]] | None, int]:
+    """`decode_set` for several systems in one pass over the images; the progress shows the first one's scores.
+
+    Batches that `unfinished` holds are taken from it, and those judged now are kept there.
+    """
+    n_images = min(len(shard_set), limit or len(shard_set))
+    batches = consecutive_batches(n_images, batch)
+    done = unfinished.done if unfinished else []
+    left = [number for number in range(len(batches)) if number not in set(done)]
+    seen = _view(systems[0])
+    mine = read_all(shard_set, comm.rank, comm.size, batch, seen, workers, limit, only=left)
+    parts: list[tuple[int, list[list[Row]]]] = []
+    if unfinished and comm.rank == 0:
+        parts += [(number, unfinished.read(number)) for number in done]
+    totals = Totals()
     with Progress(comm).bar(description, n_images) as bar:
-        for _ in range(-(-n_batches // comm.size)):
+        bar.advance(sum(len(batches[number]) for number in done))
+        for turn in range(1, -(-len(left) // comm.size) + 1):
             number, items = next(mine, (None, []))
             if number is not None:
-                rows = decode_batch(loaded, items, tasks, decoding)
+                rows = decode_systems(systems, items, tasks, decoding)
                 parts.append((number, rows))
-                totals.add(rows, len(items))
+                totals.add(rows[0], len(items))
+            if unfinished:
+                if number is not None:
+                    unfinished.keep(number, rows)
+                unfinished.arrive(turn)
             bar.advance(totals.reduce(comm))
             bar.update(totals.text())
-    return collect(parts, n_batches, comm), n_images
+    flat = collect(parts, len(batches), comm)
+    if flat is None:
+        return None, n_images
+    return [[row for rows in flat[i :: len(systems)] for row in rows] for i in range(len(systems))], n_images
+
+
+def _view(system: System) -> "CropView | int":
+    if isinstance(system, CropJudged):
+        return system.view
+    side_px: int = system.model.config.vision_config["image_size"]
+    return side_px
 
 
 def _rounded(values: Any) -> list[float]:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -21,12 +21,11 @@ PREDICTIONS, METRICS, RUN = "predictions.jsonl", "metrics.json", "run.json"
 _HEADS = 8
 _PACKAGES = ("torch", "transformers", "peft", "numpy", "mpi4py")
 
-Part = tuple[int, list[Row]]
-"""Number of a batch and its rows."""
+T = TypeVar("T")
 
 
-def collect(parts: Sequence[Part], n_batches: int, comm: Comm) -> list[Row] | None:
-    """All ranks. On rank 0 the rows of all batches in order, else None.
+def collect(parts: Sequence[tuple[int, list[T]]], n_batches: int, comm: Comm) -> list[T] | None:
+    """All ranks. `parts` are (number of a batch, its rows). On rank 0 the rows of all batches in order, else None.
 
     Raises RuntimeError unless every batch came exactly once: no image may be counted twice or left out.
     """

@@ -90,7 +90,7 @@ def _protocols(charged: Array, truth: Array, valid: Mask, groups: list[str]) -> 
     parts = {
         "narrow": yaw < _NARROW_DEG,
         "backward": yaw > _NARROW_DEG,
-        "aflw2000": (np.abs(truth) <= _AFLW2000_DEG).all(axis=1),
+        "aflw2000": np.abs(truth).max(axis=1) <= _AFLW2000_DEG,
     }
     return {
         name: {

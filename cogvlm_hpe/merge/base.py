@@ -1,16 +1,18 @@
 """The base model's weights on disk, read a block of rows at a time."""
 
-from collections.abc import Iterator
+import ctypes
+import mmap
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from cogvlm_hpe.merge.factors import Adapter, Factor
+from cogvlm_hpe.merge.factors import Adapter, Factor, Factors
 from cogvlm_hpe.model.fingerprint import fingerprint
 from cogvlm_hpe.model.weights import open_weights
 from launcher.errors import UserError
 
-_BLOCK_BYTES = 64 * 2**20
+_MUST_AGREE = ("scope", "answer_format", "prompts", "base_fingerprint")
 
 
 class Base:
@@ -22,25 +24,37 @@ class Base:
         self.weights = open_weights(self.path)
         self._names = set(self.weights.names())
 
-    def rows(self, layer: str, factor: Factor) -> Iterator[tuple[int, torch.Tensor]]:
-        """(first row, block of rows) of `layer`'s weight, of at most 64 MiB in float64.
+    def check(self, factors: Factors) -> None:
+        """Compare layers and shapes; nothing is read. Raises UserError naming a layer that this base does not have."""
+        for layer, factor in sorted(factors.items()):
+            self._check_layer(layer, factor)
 
-        Raises UserError where the base has no such layer or its shape is not the factor's.
-        """
+    def _check_layer(self, layer: str, factor: Factor) -> None:
         name = f"{layer}.weight"
         if name not in self._names:
             raise UserError(f"adapter layer {layer} is not in base {self.path}: the adapter belongs to another base")
-        n_out, n_in = self.weights.shape(name)
-        wanted = (factor.b.shape[0], factor.a.shape[1])
-        if (n_out, n_in) != wanted:
+        found, wanted = self.weights.shape(name), (factor.b.shape[0], factor.a.shape[1])
+        if found != wanted:
             raise UserError(
-                f"layer {layer}: the base's weight is {n_out}x{n_in}, the adapter's {wanted[0]}x{wanted[1]}; "
-                "the adapter belongs to another base"
+                f"layer {layer}: the base's weight is {'x'.join(map(str, found))}, the adapter's "
+                f"{wanted[0]}x{wanted[1]}; the adapter belongs to another base"
             )
-        step = max(1, _BLOCK_BYTES // (8 * n_in))
-        for start in range(0, n_out, step):
-            stop = min(n_out, start + step)
-            yield start, self.weights.flat(name, start * n_in, stop * n_in).reshape(-1, n_in)
+
+    def rows(self, layer: str, first: int, last: int) -> torch.Tensor:
+        """Rows [first, last) of a layer's weight, (last - first, n_in), as stored."""
+        n_in = self.weights.shape(f"{layer}.weight")[1]
+        return self.weights.flat(f"{layer}.weight", first * n_in, last * n_in).reshape(-1, n_in)
+
+    def forget(self, layer: str) -> None:
+        """Give back the memory that reading this layer filled."""
+        self.weights.forget(f"{layer}.weight")
+
+
+def will_need(rows: torch.Tensor) -> None:
+    """Ask the kernel to fetch the pages under these rows of a mapped file while others are worked on."""
+    first = rows.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    size = rows.data_ptr() + rows.nbytes - first
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_WILLNEED)
 
 
 def check_fingerprint(base: Base, adapter: Adapter) -> str | None:
@@ -58,3 +72,14 @@ def check_fingerprint(base: Base, adapter: Adapter) -> str | None:
             f"{base.path} has {found[:16]}…; give that base with --base"
         )
     return found
+
+
+def check_together(adapters: Sequence[Adapter]) -> None:
+    """Raises UserError where adapters differ in what one adapter can only say once."""
+    for other in adapters[1:]:
+        for key in _MUST_AGREE:
+            if other.hpe.get(key) != adapters[0].hpe.get(key):
+                raise UserError(
+                    f"adapters {adapters[0].path} and {other.path} differ in {key} (hpe.json); "
+                    "they cannot be merged into one"
+                )

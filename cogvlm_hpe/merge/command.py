@@ -1,94 +1,148 @@
-"""`cogvlm-hpe merge`: adapters and their base in, one adapter folder out."""
+"""`cogvlm-hpe merge`: adapters and their base in; an adapter, several candidates or whole weights out."""
 
 import argparse
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher.errors import UsageError
+from cogvlm_hpe.merge import settings as known
+from cogvlm_hpe.merge.settings import Settings
 
 if TYPE_CHECKING:
-    from cogvlm_hpe.merge.writer import Merged
+    from rich.console import Console
 
-HELP = "merge adapters with their base: layer by layer, or by task arithmetic"
-METHODS = ("layerwise", "task-arithmetic")
+    from cogvlm_hpe.merge.methods import Merged
+
+HELP = "merge adapters with their base: layer by layer, by task arithmetic, TIES, DARE, …"
+DETAILS = """
+methods, exact on the factors (any --output):
+  layerwise        per layer the tuned weight or the original one, whole (HPE-CogVLM); of two adapters one or the other
+  linear           weighted average       task-arithmetic  weighted sum
+  cat              sum, e.g. of stages     slerp            spherical interpolation between two adapters, at --t
+methods on single elements, with --density (--output hf or sat, or --rank N for the nearest adapter):
+  ties, dare-linear, dare-ties, magnitude-prune, breadcrumbs
+
+Under mpirun the files of --output hf and sat are shared out over the ranks. An interrupted one goes on where it was
+when the same command is given again. A YAML file given as --config holds the same keys with _ for -; flags win.
+"""
 _LOG_WIDTH = 130
-GRANULARITIES = ("projection", "module", "block")
+_WORST_SHOWN = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the merge job."""
-    parser.add_argument(
-        "--base", type=Path, required=True, metavar="DIR", help="the model the adapters were trained on"
-    )
-    parser.add_argument(
-        "--adapter", type=Path, required=True, action="append", metavar="DIR",
-        help="adapter to merge; task-arithmetic takes several",
+    """Flags of the merge job; all of them may come from the YAML file instead, so none has a default here."""
+    parser.epilog = DETAILS
+    default = known.DEFAULTS
+
+    def add(flag: str, help_text: str, **more: object) -> None:
+        parser.add_argument(flag, help=help_text, **more)  # type: ignore[arg-type]
+
+    add("--config", "YAML file with any of the keys below", type=Path, metavar="FILE")
+    add("--base", "the model the adapters were trained on", metavar="DIR")
+    add("--adapter", "adapter to merge; repeat for several", type=Path, action="append", metavar="DIR")
+    add("--out", "folder to make; must not exist", type=Path, metavar="DIR")
+    add("--method", f"see below (default: {default.method})", choices=known.METHODS)
+    add("--weight", "one per --adapter (default: 1)", type=float, action="append", metavar="W")
+    add(
+        "--layer-weight",
+        "multiplies the weights in layers whose name fits, e.g. '*.layers.3.*=0.5'; W1,W2 for each adapter; "
+        "the last that fits counts",
+        action="append", metavar="PATTERN=W",
     )  # fmt: skip
-    parser.add_argument("--method", choices=METHODS, default="layerwise", help="default: %(default)s")
-    limit = parser.add_mutually_exclusive_group()
-    limit.add_argument(
-        "--threshold", type=float, metavar="COS",
-        help="layerwise: a layer stays tuned from this cosine similarity to the original on, e.g. 0.98",
+    _add_layerwise(parser)
+    add("--t", f"slerp: 0 is the first adapter, 1 the second (default: {default.t})", type=float)
+    add("--density", "share of each layer's elements that stays", type=float, metavar="D")
+    add("--gamma", f"breadcrumbs: share of largest elements that goes (default: {default.gamma})", type=float)
+    add("--seed", f"dare: which elements are dropped (default: {default.seed})", type=int, metavar="N")
+    add("--rank", "nearest adapter of this rank, what it loses is reported", type=int, metavar="N")
+    add("--output", f"adapter, or whole weights (default: {default.output})", choices=known.OUTPUTS)
+    add("--mp", "sat: split over N model-parallel files (default: 1)", type=int, metavar="N")
+    add("--max-shard-gb", f"hf: size of a file (default: {default.max_shard_gb:g})", type=float, metavar="GB")
+    add(
+        "--every-token", "write weights of an adapter that works on text tokens only; what it changes is measured",
+        action="store_true", default=None,
     )  # fmt: skip
-    limit.add_argument(
+
+
+def _add_layerwise(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("layerwise")
+    add = group.add_argument
+    add(
+        "--threshold", type=float, metavar="COS", help="cosine similarity that decides; it belongs to the kept side"
+    )  # fmt: skip
+    add(
         "--quantile", type=float, metavar="Q",
-        help="layerwise: the threshold is this quantile of the similarities (default: 0.5; ours, not the paper's)",
+        help="the threshold is this quantile of the similarities (default: 0.5; ours, not the paper's)",
     )  # fmt: skip
-    parser.add_argument(
-        "--granularity", choices=GRANULARITIES, default="projection",
-        help="layerwise: what wins or loses as a whole (default: %(default)s)",
+    add(
+        "--keep", choices=known.KEEPS,
+        help="side of the threshold where layers stay tuned (default: above, the paper's 'high threshold')",
     )  # fmt: skip
-    parser.add_argument(
-        "--weight", type=float, action="append", metavar="W", help="task-arithmetic: one per --adapter (default: 1)"
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make; must not exist")
+    add("--granularity", choices=known.GRANULARITIES, help="what wins or loses as a whole (default: projection)")
+    add("--sweep", type=_numbers, metavar="Q,Q,…", help="a candidate for each quantile, as OUT/quantile-Q")
+    add("--sweep-thresholds", type=_numbers, metavar="C,C,…", help="a candidate for each threshold")
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
 
 
 def run(args: argparse.Namespace) -> int:
     """Merge, write the folder, show the layers. Raises UserError or UsageError for the user's mistakes."""
-    _check(args)
+    settings = read_settings(args)
+    known.check(settings)
     from cogvlm_hpe.merge import writer
-    from cogvlm_hpe.merge.base import Base
-    from cogvlm_hpe.model.load import resolve_base
+    from launcher import comm
 
-    base, adapters = Base(resolve_base(args.base)), writer.read_adapters(args.adapter)
-    if args.method == "layerwise":
-        merged = writer.merge_layerwise(base, adapters[0], args.threshold, args.quantile, args.granularity)
-    else:
-        merged = writer.merge_arithmetic(base, adapters, args.weight or [1.0] * len(adapters))
-    writer.write(args.out, merged, base, adapters[0])
-    _show(merged, args.out)
+    world = comm.mpi()
+    job = writer.prepare(settings, world)
+    written = writer.write(job, world)
+    if world.rank == 0:
+        _show(settings, written)
     return 0
 
 
-def _check(args: argparse.Namespace) -> None:
-    if args.out.exists():
-        raise UsageError(f"--out {args.out}: exists already; choose another folder or remove it")
-    if args.method == "layerwise":
-        if len(args.adapter) > 1:
-            raise UsageError(f"--method layerwise takes one --adapter, got {len(args.adapter)}; sum them first")
-        if args.weight:
-            raise UsageError("--weight belongs to --method task-arithmetic; layerwise keeps or drops whole layers")
-    elif args.threshold is not None or args.quantile is not None:
-        raise UsageError("--threshold and --quantile belong to --method layerwise")
+def read_settings(args: argparse.Namespace) -> Settings:
+    """The YAML file's keys, and over them the flags that were given. Raises UserError or UsageError."""
+    file = known.read_yaml(args.config) if args.config else {}
+    given = {key: value for key, value in vars(args).items() if value is not None and key != "config"}
+    return known.from_mapping(file | given, str(args.config) if args.config else "merge")
 
 
-def _show(merged: "Merged", out: Path) -> None:
+def _show(settings: Settings, written: "list[tuple[str, Merged, dict[str, float]]]") -> None:
     from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else _LOG_WIDTH)
+    for name, merged, losses in written:
+        if settings.sweeps:
+            record = merged.record
+            said = f"threshold {record['threshold']:.6g}, {record['tuned']} of {record['layers_total']} layers tuned"
+            console.print(f"{name}: {said}", highlight=False)
+        elif merged.choices:
+            _show_choices(console, merged)
+        if losses:
+            _show_losses(console, losses, "rounding" if settings.output != "adapter" else "the low rank")
+    console.print(f"wrote {settings.out}", highlight=False, soft_wrap=True)
+
+
+def _show_choices(console: "Console", merged: "Merged") -> None:
     from rich.table import Table
 
     from cogvlm_hpe.merge.report import winner
 
-    console = Console(width=None if sys.stdout.isatty() else _LOG_WIDTH)
-    if merged.choices:
-        table = Table(title=f"Similarity threshold {merged.record['threshold']:.6g}")
-        table.add_column("layer", overflow="fold")
-        table.add_column("similarity", justify="right")
-        table.add_column("winner")
-        for choice in merged.choices:
-            style = None if choice.tuned else "dim"
-            table.add_row(choice.layer, f"{choice.similarity:.6f}", winner(choice), style=style)
-        console.print(table)
-        console.print(f"{merged.record['tuned']} of {merged.record['layers_total']} layers stay tuned", highlight=False)
-    console.print(f"wrote {out}", highlight=False, soft_wrap=True)
+    table = Table(title=f"Similarity threshold {merged.record['threshold']:.6g}, keep {merged.record['keep']}")
+    table.add_column("layer", overflow="fold")
+    table.add_column("similarity", justify="right")
+    table.add_column("winner")
+    for choice in merged.choices:
+        style = None if choice.tuned else "dim"
+        table.add_row(choice.layer, f"{choice.similarity:.6f}", winner(choice), style=style)
+    console.print(table)
+    console.print(f"{merged.record['tuned']} of {merged.record['layers_total']} layers stay tuned", highlight=False)
+
+
+def _show_losses(console: "Console", losses: dict[str, float], what: str) -> None:
+    worst = sorted(losses, key=lambda layer: -losses[layer])[:_WORST_SHOWN]
+    console.print(f"share of the change lost by {what}, the worst of {len(losses)} layers:", highlight=False)
+    for layer in worst:
+        console.print(f"  {losses[layer]:7.2%}  {layer}", highlight=False, soft_wrap=True)

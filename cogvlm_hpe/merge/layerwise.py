@@ -1,74 +1,38 @@
-"""Layer-based merge (HPE-CogVLM, arXiv 2406.01914): per layer, the tuned weight or the original one, whole.
+"""Layer-based merge (HPE-CogVLM, arXiv 2406.01914): per layer, one side's weight or the other's, whole.
 
-A layer whose tuned weight keeps a high cosine similarity to the original wins and stays tuned; otherwise the original
-layer wins. The paper's public text names the rule but neither the threshold nor what one layer is: quantile 0.5 and
-`projection` are this project's defaults.
+One adapter: its tuned weight against the original. A layer at or above the similarity threshold stays tuned; elsewhere
+the original is back. Two adapters: the changes that both make to a layer are compared, and the second one's layer wins
+where the first's wins otherwise. `keep="below"` turns the direction round: where an adapter changed much, it stays.
+The paper's public text names the rule but neither the threshold nor what one layer is: quantile 0.5 and `projection`
+are this project's defaults, `below` and two adapters its additions.
 """
 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
-import torch
 
 from cogvlm_hpe.merge.base import Base
 from cogvlm_hpe.merge.factors import Factor, Factors
+from cogvlm_hpe.merge.products import Products, base_and_tuned, of_changes
 from launcher.errors import UsageError, UserError
-from launcher.progress import track
 
 Granularity = Literal["projection", "module", "block"]
-GRANULARITIES: tuple[str, ...] = get_args(Granularity)
+Keep = Literal["above", "below"]
 DEFAULT_QUANTILE = 0.5
 
 
 @dataclass(frozen=True)
-class Moments:
-    """⟨W0, W0⟩, ⟨W0, ΔW⟩ and ⟨ΔW, ΔW⟩ of a layer, float64. They add over the layers of a group."""
-
-    base: float
-    cross: float
-    delta: float
-
-    def __add__(self, other: "Moments") -> "Moments":
-        """Of both layers together."""
-        return Moments(self.base + other.base, self.cross + other.cross, self.delta + other.delta)
-
-    @property
-    def cosine(self) -> float:
-        """cos(W0, W0 + ΔW): 0 where either is zero, NaN where a weight is not finite."""
-        if not all(map(math.isfinite, (self.base, self.cross, self.delta))):
-            return math.nan  # said here: min and max below would swallow it
-        tuned = self.base + 2.0 * self.cross + self.delta
-        norm = math.sqrt(max(self.base, 0.0)) * math.sqrt(max(tuned, 0.0))
-        return min(1.0, max(-1.0, (self.base + self.cross) / norm)) if norm != 0.0 else 0.0
-
-
-@dataclass(frozen=True)
 class Choice:
-    """What became of one adapted layer."""
+    """What became of one adapted layer: `tuned` if the adapter (the second of two) won."""
 
     layer: str
     group: str
     similarity: float
     tuned: bool
     rank: int
-
-
-def moments(rows: Iterable[tuple[int, torch.Tensor]], factor: Factor) -> Moments:
-    """Moments of a layer from its weight's row blocks `(first row, (k, n_in))`, in one pass.
-
-    ⟨W0, BA⟩ = tr(Bᵀ·W0·Aᵀ) and ‖BA‖² = tr((BᵀB)(AAᵀ)): no (n_out, n_in) product is formed.
-    """
-    a, b = factor.a.double(), factor.b.double()
-    base = cross = 0.0
-    for start, block in rows:
-        block = block.double()
-        base += float(block.square().sum())
-        cross += float((b[start : start + len(block)].T @ block).mul_(a).sum())
-    delta = float(((b.T @ b) * (a @ a.T)).sum())
-    return Moments(base, factor.scale * cross, factor.scale**2 * delta)
 
 
 def group_of(layer: str, granularity: Granularity) -> str:
@@ -83,20 +47,32 @@ def group_of(layer: str, granularity: Granularity) -> str:
 
 
 def similarities(base: Base, factors: Factors, granularity: Granularity) -> dict[str, float]:
-    """Cosine of each group; the base is read once, a block of rows at a time. Raises UserError on NaN."""
-    sums: dict[str, Moments] = {}
-    for layer, factor in track(sorted(factors.items()), "read base"):
+    """Cosine of original and tuned weight of each group; the base is read once. Raises UserError on NaN."""
+    return _cosines(base_and_tuned(base, factors), granularity)
+
+
+def similarities_of_two(first: Factors, second: Factors, granularity: Granularity) -> dict[str, float]:
+    """Cosine of the two changes of each group that has layers in both; nothing but the factors is needed."""
+    both = {layer: of_changes(first[layer], second[layer]) for layer in sorted(first.keys() & second.keys())}
+    if not both:
+        raise UserError("the two adapters have no layer in common, so none can win over the other; use --method cat")
+    return _cosines(both, granularity)
+
+
+def _cosines(products: Mapping[str, Products], granularity: Granularity) -> dict[str, float]:
+    sums: dict[str, Products] = {}
+    for layer, found in products.items():
+        if not math.isfinite(found.cosine):
+            raise UserError(f"layer {layer}: similarity {found.cosine}; the base or the adapter holds NaN or infinity")
         group = group_of(layer, granularity)
-        sums[group] = sums.get(group, Moments(0.0, 0.0, 0.0)) + moments(base.rows(layer, factor), factor)
-    found = {group: total.cosine for group, total in sums.items()}
-    for group, value in found.items():
-        if not math.isfinite(value):
-            raise UserError(f"layer {group}: similarity {value}; the base or the adapter holds NaN or infinity")
-    return found
+        sums[group] = sums[group] + found if group in sums else found
+    return {group: total.cosine for group, total in sums.items()}
 
 
-def threshold_of(found: Mapping[str, float], threshold: float | None, quantile: float | None) -> float:
-    """The similarity from which a group stays tuned: given, or the quantile of those found (one of them)."""
+def threshold_of(
+    found: Mapping[str, float], threshold: float | None, quantile: float | None, keep: Keep = "above"
+) -> float:
+    """The similarity that decides: given, or the quantile of those found (one of them); a group's own value."""
     if threshold is not None and quantile is not None:
         raise UsageError("--threshold and --quantile exclude each other; give one")
     if threshold is not None:
@@ -104,24 +80,36 @@ def threshold_of(found: Mapping[str, float], threshold: float | None, quantile: 
     quantile = DEFAULT_QUANTILE if quantile is None else quantile
     if not 0.0 <= quantile <= 1.0:
         raise UsageError(f"--quantile {quantile}: must be within [0, 1]")
-    return float(np.quantile(list(found.values()), quantile, method="higher"))
+    return float(np.quantile(list(found.values()), quantile, method="higher" if keep == "above" else "lower"))
 
 
-def choose(factors: Factors, found: Mapping[str, float], threshold: float, granularity: Granularity) -> list[Choice]:
-    """Winner takes all, for every adapted layer in name order. Raises UserError if no layer stays tuned."""
+def choose(
+    factors: Factors, found: Mapping[str, float], threshold: float, granularity: Granularity, keep: Keep = "above"
+) -> list[Choice]:
+    """Winner takes all, for every layer of `factors` that has a similarity, in name order; the threshold itself wins.
+
+    Raises UserError if no layer stays tuned.
+    """
     choices = []
     for layer, factor in sorted(factors.items()):
         group = group_of(layer, granularity)
-        choices.append(Choice(layer, group, found[group], found[group] >= threshold, factor.rank))
+        if group in found:
+            tuned = found[group] >= threshold if keep == "above" else found[group] <= threshold
+            choices.append(Choice(layer, group, found[group], tuned, factor.rank))
     if not any(choice.tuned for choice in choices):
-        best = max(found.values())
+        best = max(found.values()) if keep == "above" else min(found.values())
         raise UserError(
-            f"no layer reaches similarity {threshold:g} (highest: {best:.6f}), so nothing would stay tuned; "
-            "lower --threshold or use --quantile"
+            f"no layer is at similarity {threshold:g} or {keep} ({'highest' if keep == 'above' else 'lowest'}: "
+            f"{best:.6f}), so nothing would stay tuned; move --threshold beyond that or use --quantile"
         )
     return choices
 
 
-def winners(factors: Factors, choices: Iterable[Choice]) -> dict[str, Factor]:
-    """The factors of the layers that stay tuned; all others are the base's again."""
-    return {choice.layer: factors[choice.layer] for choice in choices if choice.tuned}
+def winners(factors: Factors, choices: Iterable[Choice], rest: Factors | None = None) -> dict[str, Factor]:
+    """The factors of the layers that stay tuned; elsewhere `rest`'s factor, or none: the base's weight again.
+
+    A layer that only one of `factors` and `rest` has is nobody's loss and stays.
+    """
+    lost = {choice.layer for choice in choices if not choice.tuned}
+    kept = {layer: factor for layer, factor in factors.items() if layer not in lost}
+    return dict(rest or {}) | kept

@@ -1,90 +1,135 @@
 """A merge from adapters to a finished folder: complete, or not there at all."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cogvlm_hpe.merge import arithmetic, layerwise, report
-from cogvlm_hpe.merge.base import Base, check_fingerprint
-from cogvlm_hpe.merge.factors import ADAPTER_TENSORS, Adapter, Factor, read_adapter, write_adapter
-from cogvlm_hpe.merge.layerwise import Choice, Granularity
-from launcher.errors import UsageError, UserError
-from launcher.files import atomic_folder, sha256, write_json_atomic
+from cogvlm_hpe.merge import dense, lowrank, methods, report, scope
+from cogvlm_hpe.merge.base import Base
+from cogvlm_hpe.merge.factors import HPE_CONFIG, Adapter, read_adapter, write_adapter
+from cogvlm_hpe.merge.methods import Elementwise, LowRank, Merged
+from cogvlm_hpe.merge.settings import Settings, check
+from launcher.comm import Comm
+from launcher.errors import UserError
+from launcher.files import atomic_folder, write_json_atomic
 
-_MUST_AGREE = ("scope", "answer_format", "prompts", "base_fingerprint")
+_SCOPE = "scope"
 
 
 @dataclass(frozen=True)
-class Merged:
-    """The result of a merge: factors to write, the record of what was done, and each layer's fate if it had one."""
+class Job:
+    """A merge that is ready to be written: settings, inputs, and each result with its name."""
 
-    factors: Mapping[str, Factor]
-    record: dict[str, Any]
-    choices: list[Choice]
-
-
-def merge_layerwise(
-    base: Base, adapter: Adapter, threshold: float | None, quantile: float | None, granularity: Granularity
-) -> Merged:
-    """The layer-based merge of one adapter with its base. Raises UserError where nothing would stay tuned."""
-    fingerprint = check_fingerprint(base, adapter)
-    found = layerwise.similarities(base, adapter.factors, granularity)
-    limit = layerwise.threshold_of(found, threshold, quantile)
-    choices = layerwise.choose(adapter.factors, found, limit, granularity)
-    quantile = layerwise.DEFAULT_QUANTILE if threshold is None and quantile is None else quantile
-    record = {
-        "method": "layerwise",
-        "granularity": granularity,
-        "threshold": limit,
-        "quantile": quantile,
-        "tuned": sum(choice.tuned for choice in choices),
-        "layers_total": len(choices),
-        "adapters": [_origin(adapter, 1.0)],
-        "base_fingerprint": fingerprint,
-    }
-    return Merged(layerwise.winners(adapter.factors, choices), record, choices)
+    settings: Settings
+    base: Base
+    adapters: list[Adapter]
+    results: list[tuple[str, Merged]]
 
 
-def merge_arithmetic(base: Base, adapters: Sequence[Adapter], weights: Sequence[float]) -> Merged:
-    """Σ weight · adapter on the base. Raises UserError where the adapters do not fit together."""
-    if len(weights) != len(adapters):
-        raise UsageError(f"{len(weights)} --weight for {len(adapters)} --adapter: give one each, in the same order")
-    for other in adapters[1:]:
-        for key in _MUST_AGREE:
-            if other.hpe.get(key) != adapters[0].hpe.get(key):
-                raise UserError(
-                    f"adapters {adapters[0].path} and {other.path} differ in {key} (hpe.json); they cannot be summed"
-                )
-    fingerprints = [check_fingerprint(base, adapter) for adapter in adapters]
-    parts = [arithmetic.scale(adapter.factors, weight) for adapter, weight in zip(adapters, weights, strict=True)]
-    record = {
-        "method": "task-arithmetic",
-        "adapters": [_origin(adapter, weight) for adapter, weight in zip(adapters, weights, strict=True)],
-        "base_fingerprint": fingerprints[0],
-    }
-    return Merged(arithmetic.add(parts), record, [])
+def prepare(settings: Settings, comm: Comm) -> Job:
+    """All ranks. Read, compare and choose; rank 0 does it and tells the others.
+
+    Raises UsageError for settings that cannot be meant, UserError for adapters and bases that do not fit together.
+    """
+    from cogvlm_hpe.model.load import resolve_base
+
+    check(settings)
+    base, adapters = Base(resolve_base(settings.base)), [read_adapter(path) for path in settings.adapter]
+    _check_scope(settings, adapters[0])
+    results = comm.broadcast(methods.merge(settings, base, adapters) if comm.rank == 0 else None)
+    if settings.output == "adapter" and settings.rank is None:
+        for _, merged in results or []:
+            methods.factors_of(merged.changes)
+    return Job(settings, base, adapters, results or [])
 
 
-def _origin(adapter: Adapter, weight: float) -> dict[str, Any]:
-    return {"name": adapter.path.resolve().name, "weight": weight, "sha256": sha256(adapter.path / ADAPTER_TENSORS)}
+def _check_scope(settings: Settings, adapter: Adapter) -> None:
+    scope_of = adapter.hpe.get(_SCOPE, "all")
+    if settings.output == "adapter" or scope_of == "all":
+        return
+    if not settings.every_token:
+        raise UserError(
+            f"{adapter.path}: scope {scope_of}: works on {scope_of} tokens only, and weights change every token; "
+            "keep --output adapter, or give --every-token to write what the change makes of the answers beside them"
+        )
 
 
-def write(out: Path, merged: Merged, base: Base, like: Adapter) -> None:
-    """Adapter, merge.json, merge.md, README.md; heatmap.png if layers were chosen. Raises UserError if `out` exists."""
-    with atomic_folder(out) as folder:
-        write_adapter(folder, merged.factors, like, base.path.resolve(), merged.record)
-        layers = [
-            {"layer": c.layer, "group": c.group, "similarity": c.similarity, "winner": report.winner(c), "rank": c.rank}
-            for c in merged.choices
-        ]
-        write_json_atomic(folder / "merge.json", merged.record | {"layers": layers})
-        (folder / "merge.md").write_text(report.markdown(merged.record, merged.choices), encoding="utf-8")
-        (folder / "README.md").write_text(report.card(out.resolve().name, base.path, merged.record), encoding="utf-8")
-        if merged.choices:
-            report.heatmap(folder / "heatmap.png", merged.choices, merged.record["threshold"])
+def write(job: Job, comm: Comm) -> list[tuple[str, Merged, dict[str, float]]]:
+    """All ranks. Write everything; each result with what its layers lost by rounding or by a low rank.
+
+    Raises UserError where the output exists, the disk is too small or a tensor is not finite.
+    """
+    if job.settings.output != "adapter":
+        return [_write_dense(job, merged, comm) for _, merged in job.results]
+    written = []
+    if comm.rank == 0:
+        written = _write_sweep(job) if job.settings.sweeps else [_write_one(job)]
+    comm.barrier()
+    return written
 
 
-def read_adapters(paths: Sequence[Path]) -> list[Adapter]:
-    """Each folder's factors; the first one's configuration is the model for what is written."""
-    return [read_adapter(path) for path in paths]
+def _write_one(job: Job) -> tuple[str, Merged, dict[str, float]]:
+    [(name, merged)] = job.results
+    with atomic_folder(job.settings.out) as folder:
+        losses = _fill(folder, job, merged, job.settings.out.resolve().name)
+    return name, merged, losses
+
+
+def _write_sweep(job: Job) -> list[tuple[str, Merged, dict[str, float]]]:
+    out = []
+    with atomic_folder(job.settings.out) as folder:
+        for name, merged in job.results:
+            (folder / name).mkdir()
+            out.append((name, merged, _fill(folder / name, job, merged, name)))
+        keys = ("threshold", "quantile", "keep", "granularity", "tuned", "layers_total")
+        rows = [{"adapter": name} | {key: merged.record[key] for key in keys} for name, merged in job.results]
+        write_json_atomic(folder / "sweep.json", rows)
+        (folder / "sweep.md").write_text(report.sweep(rows), encoding="utf-8")
+    return out
+
+
+def _fill(folder: Path, job: Job, merged: Merged, name: str) -> dict[str, float]:
+    """One adapter and what explains it."""
+    losses: dict[str, float] = {}
+    factors = merged.changes.factors if isinstance(merged.changes, LowRank) else {}
+    record = merged.record
+    if isinstance(merged.changes, Elementwise) and job.settings.rank is not None:
+        factors, losses = lowrank.nearest(merged.changes, job.settings.rank)
+        record = record | {"rank": job.settings.rank}
+    write_adapter(folder, factors, job.adapters[0], job.base.path.resolve(), record)
+    _explain(folder, job, record, merged, name, report.Losses("low rank", losses))
+    return losses
+
+
+def _write_dense(job: Job, merged: Merged, comm: Comm) -> tuple[str, Merged, dict[str, float]]:
+    record = merged.record | {"output": job.settings.output}
+    if job.settings.every_token and comm.rank == 0:
+        record |= {
+            "text_only_lost": scope.difference(job.base.path, job.adapters[0], methods.factors_of(merged.changes))
+        }
+
+    def explain(folder: Path, losses: dict[str, float]) -> None:
+        hpe = {key: value for key, value in job.adapters[0].hpe.items() if key not in (_SCOPE, "base_fingerprint")}
+        text = json.dumps(hpe | {_SCOPE: "all", "merge": record}, indent=2, sort_keys=True)
+        (folder / HPE_CONFIG).write_text(text + "\n", encoding="utf-8")
+        _explain(folder, job, record, merged, job.settings.out.resolve().name, report.Losses("rounding", losses))
+
+    return "", merged, dense.write(job.settings, merged, job.base.weights, comm, explain)
+
+
+def _explain(
+    folder: Path, job: Job, record: Mapping[str, Any], merged: Merged, name: str, losses: "report.Losses"
+) -> None:
+    """merge.json, merge.md, README.md; heatmap.png and its TensorBoard file if layers were chosen."""
+    said = dict(record)
+    layers = report.layer_rows(merged.choices, losses)
+    write_json_atomic(folder / "merge.json", said | {"layers": layers})
+    text = report.markdown(said, layers)
+    (folder / "merge.md").write_text(text, encoding="utf-8")
+    card = report.card(name, job.base.path.resolve(), said)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    if merged.choices:
+        report.heatmap(folder / "heatmap.png", merged.choices, said)
+        report.tensorboard(folder, text)

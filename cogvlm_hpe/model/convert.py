@@ -1,10 +1,8 @@
 """Checkpoints and adapters from one form into the other, a tensor at a time; what is written is whole or not there."""
 
 import json
-import re
 import shutil
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,6 +15,7 @@ from cogvlm_hpe.merge.factors import ADAPTER_CONFIG, Factors, read_adapter, writ
 from cogvlm_hpe.model import sat
 from cogvlm_hpe.model.configuration import CogVLMConfig
 from cogvlm_hpe.model.fingerprint import fingerprint_of
+from cogvlm_hpe.model.load import base_of, check_tensors, empty_model
 from cogvlm_hpe.model.pickled import Entry, save_entries
 from cogvlm_hpe.model.sat_lora import MergedWeights, adapter_like, factors_of, pairs_of
 from cogvlm_hpe.model.sat_weights import LATEST, SatWeights, rank_file
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 
 ADAPTER_FOLDER = "adapter"
 _COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "generation_config.json", "hpe.json")
-_SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -48,8 +46,6 @@ def open_source(folder: Path, base: Path | None, alpha: float) -> Source:
     Raises UserError where the folder is none of these or its weights are not those its configuration describes.
     """
     if (folder / ADAPTER_CONFIG).is_file():
-        from cogvlm_hpe.model.load import base_of
-
         source = _open_adapter(folder, base_of(folder) if base is None else base)
     elif base is not None:
         raise UsageError(f"--base belongs to a peft adapter; {folder} is none (no {ADAPTER_CONFIG})")
@@ -57,7 +53,7 @@ def open_source(folder: Path, base: Path | None, alpha: float) -> Source:
         weights = open_weights(folder)
         lora = weights.lora_parts() if isinstance(weights, SatWeights) else {}
         source = Source(weights, factors_of(lora, alpha) if lora else {})
-    check_names(source.weights)
+    check_tensors(source.weights, empty_model(source.weights.config, torch.float32))
     return source
 
 
@@ -71,34 +67,6 @@ def _open_adapter(folder: Path, base: Path) -> Source:
     opened = Base(base)
     check_fingerprint(opened, adapter)
     return Source(opened.weights, adapter.factors, is_peft=True)
-
-
-def check_names(weights: Weights) -> None:
-    """Compare names and shapes with those of the configuration. Raises UserError listing what differs, in groups."""
-    expected = _shapes(weights.config)
-    found = {name: weights.shape(name) for name in weights.names()}
-    wrong = {
-        "missing": expected.keys() - found.keys(),
-        "unexpected": found.keys() - expected.keys(),
-        "of another shape": {name for name in expected.keys() & found.keys() if expected[name] != found[name]},
-    }
-    said = [f"{kind}: {_grouped(names)}" for kind, names in wrong.items() if names]
-    if said:
-        raise UserError(f"{weights.folder}: not the weights its configuration describes; {'; '.join(said)}")
-
-
-def _shapes(config: CogVLMConfig) -> dict[str, tuple[int, ...]]:
-    from cogvlm_hpe.model.modeling import CogVLMForCausalLM
-
-    with torch.device("meta"):
-        model = CogVLMForCausalLM(config)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if "inv_freq" not in name}
-
-
-def _grouped(names: Iterable[str]) -> str:
-    groups = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "#", name) for name in names)
-    parts = [f"{count} x {name}" if count > 1 else name for name, count in sorted(groups.items())]
-    return ", ".join(parts[:_SHOWN]) + (f" and {len(parts) - _SHOWN} more" if len(parts) > _SHOWN else "")
 
 
 def write_adapter_only(source: Source, out: Path, alpha: float) -> None:
@@ -246,7 +214,7 @@ def _lora_entries(pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]]) -> 
         for part, pair in enumerate(found)
         for letter, tensor in zip("AB", pair, strict=True)
     ]
-    return [Entry(name, tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor) for name, tensor in named]
+    return [Entry(name, tuple(tensor.shape), tensor.dtype, tensor.detach) for name, tensor in named]
 
 
 def check_mp(weights: Weights, mp_size: int) -> None:

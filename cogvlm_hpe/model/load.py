@@ -1,9 +1,10 @@
 """From a folder to a model: bases, adapters on them, and what the folder says about both."""
 
+import copy
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,28 @@ def load(
         put_adapter(model, Path(adapter), folder, notes)
     where = tokenizer or _tokenizer_folder(folder, notes)
     return Loaded(model.to(device).eval(), load_tokenizer(Path(where), model.config.vocab_size), notes)
+
+
+def load_several(
+    name: str | Path,
+    adapters: Sequence[str | Path],
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    tokenizer: str | Path | None = None,
+) -> list[Loaded]:
+    """One model for each adapter, all on the memory of one base; in evaluation mode. Raises UserError as `load`."""
+    folder = resolve_base(name)
+    base = load_base(folder, dtype, device)
+    state, loaded = base.state_dict(), []
+    for adapter in adapters:
+        model = empty_model(copy.deepcopy(base.config), dtype)
+        model.load_state_dict(state, assign=True)
+        notes = read_notes(adapter)
+        put_adapter(model, Path(adapter), folder, notes)
+        where = Path(tokenizer or _tokenizer_folder(folder, notes))
+        loaded.append(Loaded(model.to(device).eval(), load_tokenizer(where, model.config.vocab_size), notes))
+    return loaded
 
 
 def put_adapter(model: CogVLMForCausalLM, adapter: Path, base: Path, notes: dict[str, Any]) -> None:

@@ -123,7 +123,7 @@ def trainable_table(model: nn.Module) -> list[TrainableRow]:
     """What trains, by group in the model's order; whole numbers also where ZeRO-3 has split the parameters."""
     found: dict[tuple[str, str], list[tuple[str, int]]] = {}
     for name, parameter in trainable(model).items():
-        key = (_group(name), str(parameter.dtype).removeprefix("torch."))
+        key = (group_of(name), str(parameter.dtype).removeprefix("torch."))
         found.setdefault(key, []).append((name, _count(parameter)))
     return [
         TrainableRow(group, len({_place(name) for name, _ in of}), len(of), sum(count for _, count in of), dtype)
@@ -149,7 +149,8 @@ def count_trainable(config: RunConfig) -> str:
     return trainable_text(model)
 
 
-def _group(name: str) -> str:
+def group_of(name: str) -> str:
+    """The group of layers (a name in TARGETS, or what else a whole model has) that a parameter belongs to."""
     owner = re.sub(r"(\.lora_[AB]\.\w+)?\.\w+$", "", name)
     for group, pattern in (TARGETS | _REST).items():
         if re.search(rf"(?:^|\.){pattern}$", owner):

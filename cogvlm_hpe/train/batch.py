@@ -36,11 +36,17 @@ class Batch:
     boxes: Tensor  # (R, 4) what each question is about: x0, y0, x1, y1 in image sides
     tasks: list[Task]  # R long; empty when there is no answer
     records: list[Record | None]  # I long
+    keys: list[str]  # I long
 
     @property
     def n_answers(self) -> int:
         """Answers that carry loss."""
         return len(self.tasks)
+
+    @property
+    def n_text_tokens(self) -> int:
+        """Tokens of questions and answers, no padding."""
+        return int(self.attention_mask.sum()) if self.tasks else 0
 
 
 def normalise(images_u8: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -81,13 +87,17 @@ class Collator:
         blank = torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8)
         images = torch.stack([blank if item.image is None else item.image for item in items])
         asked = [(number, question) for number, item in enumerate(items) for question in self._questions(item)]
-        return self._batch(images, [item.record for item in items], asked)
+        return self._batch(images, [item.record for item in items], [item.key for item in items], asked)
 
     def blank(self) -> Batch:
         """One black image without questions."""
-        return self._batch(torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8), [None], [])
+        return self._batch(
+            torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8), [None], ["blank"], []
+        )
 
-    def _batch(self, images: Tensor, records: list[Record | None], asked: Sequence[tuple[int, Question]]) -> Batch:
+    def _batch(
+        self, images: Tensor, records: list[Record | None], keys: list[str], asked: Sequence[tuple[int, Question]]
+    ) -> Batch:
         index, rows, labels, boxes = [], [], [], []
         for number, question in asked:
             query, answer = self.encode(question.query), [*self.encode(question.answer), self.eos]
@@ -108,6 +118,7 @@ class Collator:
             boxes=torch.tensor(boxes, dtype=torch.float),
             tasks=[question.task for _, question in asked],
             records=records,
+            keys=keys,
         )
 
     def encode(self, text: str) -> list[int]:

@@ -3,20 +3,21 @@
 step-00000100/
     adapter_model.safetensors, adapter_config.json    the adapter as plain peft reads it
     or model.safetensors, config.json, tokenizer.json the whole model, when there is no adapter
-    hpe.json             scope, answer format, prompts, base fingerprint
+    hpe.json             scope, answer format, prompts, base fingerprint, scores where the run was judged
     optimizer.safetensors, auxiliary.safetensors      by parameter name, float32
-    trainer.json         step and loader state
+    trainer.json         step and loader state; random numbers need none, they are a function of seed, step and rank
     manifest.json        sizes and sha256 of all of these, written last
 """
 
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,8 +27,8 @@ from launcher.errors import UserError
 from launcher.files import atomic_folder, sha256
 
 FOLDER = "checkpoints"
+_MANIFEST, _NOTES = "manifest.json", "hpe.json"
 AUXILIARY = "auxiliary.safetensors"
-_MANIFEST = "manifest.json"
 
 
 @dataclass
@@ -54,42 +55,149 @@ def folder_of(run_dir: Path, step: int) -> Path:
     return run_dir / FOLDER / f"step-{step:08d}"
 
 
-def save(
-    run_dir: Path,
+@dataclass
+class Writer:
+    """Rank 0's hand. With `beside` a checkpoint is written by a thread while the next steps run.
+
+    keep: so many of the newest checkpoints stay, and the best one by the score `best`.
+    """
+
+    run_dir: Path
+    describe: Describe
+    keep: int = 2
+    best: str = "geodesic_deg"
+    beside: bool = False
+    _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
+    _under_way: Future[Path] | None = None
+
+    def save(
+        self,
+        step: int,
+        weights: dict[str, Tensor],
+        optimizer: dict[str, Tensor],
+        loader: dict[str, Any],
+        scores: dict[str, float] | None = None,
+    ) -> None:
+        """Write the checkpoint after `step` steps, point `last` and `best`, and drop what is not to be kept.
+
+        The tensors are the writer's from now on. Raises UserError where this or an earlier one cannot be written; the
+        ones before it are as they were.
+        """
+        self.wait()
+        self._under_way = self._thread.submit(self._save, step, weights, optimizer, loader, scores)
+        if not self.beside:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until nothing is being written. Raises what went wrong there."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.result()
+
+    def look(self) -> None:
+        """Raise what went wrong beside the steps, if something has; does not wait."""
+        if self._under_way is not None and self._under_way.done():
+            self.wait()
+
+    def is_best(self, scores: dict[str, float]) -> bool:
+        """Whether no kept checkpoint has a better score."""
+        self.wait()
+        rivals = _scored(_complete(self.run_dir), self.best)
+        return self.best in scores and all(
+            _badness(self.best, scores[self.best]) < badness for badness in rivals.values()
+        )
+
+    def _save(
+        self,
+        step: int,
+        weights: dict[str, Tensor],
+        optimizer: dict[str, Tensor],
+        loader: dict[str, Any],
+        scores: dict[str, float] | None,
+    ) -> Path:
+        final = folder_of(self.run_dir, step)
+        try:
+            if not (final / _MANIFEST).is_file():
+                shutil.rmtree(final, ignore_errors=True)
+                with atomic_folder(final) as folder:
+                    _write(folder, step, weights, optimizer, loader, self.describe, scores)
+            _point(self.run_dir / "last", final)
+            self._tidy()
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"{final}: cannot be written ({error}); the checkpoints before it are whole: make room, then --resume"
+            ) from None
+        return final
+
+    def _tidy(self) -> None:
+        whole = _complete(self.run_dir)
+        kept, scored = whole[-self.keep :], _scored(whole, self.best)
+        if scored:
+            kept.append(min(scored, key=lambda folder: scored[folder]))
+            _point(self.run_dir / "best", kept[-1])
+        for old in whole:
+            if old not in kept:
+                os.rename(old, old.with_name(f".{old.name}.tmp-old"))  # out of sight first: never seen half removed
+        for rest in (self.run_dir / FOLDER).glob(".*.tmp-*"):
+            shutil.rmtree(rest)
+
+
+def _scored(folders: list[Path], name: str) -> dict[Path, float]:
+    """How bad the judged ones of these checkpoints are, oldest first."""
+    notes = {folder: json.loads((folder / _NOTES).read_text()) for folder in folders}
+    found = {folder: said.get("scores", {}).get(name) for folder, said in notes.items()}
+    return {folder: _badness(name, score) for folder, score in found.items() if score is not None}
+
+
+def _badness(name: str, score: float) -> float:
+    return score if name.endswith("_deg") else -score
+
+
+def _write(
+    folder: Path,
     step: int,
     weights: dict[str, Tensor],
     optimizer: dict[str, Tensor],
     loader: dict[str, Any],
     describe: Describe,
-    keep: int,
-) -> Path:
-    """Rank 0. Write the checkpoint after `step` steps, point `last` at it, and drop all but the newest `keep`."""
-    final = folder_of(run_dir, step)
-    if not final.exists():
-        own = {name.removeprefix(MODEL_PREFIX): t for name, t in weights.items() if name.startswith(MODEL_PREFIX)}
-        rest = {name: t for name, t in weights.items() if not name.startswith(MODEL_PREFIX)}
-        with atomic_folder(final) as folder:
-            _write_model(folder, own, describe)
-            if rest:
-                save_file(rest, folder / AUXILIARY)
-            save_file(optimizer, folder / "optimizer.safetensors")
-            _write_json(folder / "trainer.json", {"step": step, "loader": loader})
-            _write_manifest(folder)
-    _point(run_dir / "last", final)
-    for old in sorted((run_dir / FOLDER).glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
-    return final
+    scores: dict[str, float] | None,
+) -> None:
+    own = {name.removeprefix(MODEL_PREFIX): t for name, t in weights.items() if name.startswith(MODEL_PREFIX)}
+    rest = {name: t for name, t in weights.items() if not name.startswith(MODEL_PREFIX)}
+    model = _write_model(folder, own, describe)
+    _verify(model, adapter_state(own) if describe.lora is not None else own, step)
+    if rest:
+        save_file(rest, folder / AUXILIARY)
+    save_file(optimizer, folder / "optimizer.safetensors")
+    _verify(folder / "optimizer.safetensors", optimizer, step)
+    _write_json(folder / _NOTES, describe.notes | ({} if scores is None else {"scores": scores}))
+    _write_json(folder / "trainer.json", {"step": step, "loader": loader})
+    _write_manifest(folder)
 
 
-def _write_model(folder: Path, weights: dict[str, Tensor], describe: Describe) -> None:
+def _verify(path: Path, wanted: dict[str, Tensor], step: int) -> None:
+    """Raise UserError unless the file holds these tensors in their shapes, and an adapter has learned something."""
+    with safe_open(path, "pt") as file:
+        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        up = [file.get_tensor(name) for name in found if ".lora_B." in name and "/" not in name]
+    wrong = sorted(found.items() ^ {name: tuple(tensor.shape) for name, tensor in wanted.items()}.items())
+    if wrong:
+        raise UserError(f"{path.name} after step {step}: {wrong[0][0]} was not written as it is; save again")
+    if up and step and not any(bool(tensor.any()) for tensor in up):
+        raise UserError(f"{path.name} after step {step}: every lora_B is zero, nothing was learned; is train.lr 0?")
+
+
+def _write_model(folder: Path, weights: dict[str, Tensor], describe: Describe) -> Path:
     if describe.lora is not None:
-        save_file(adapter_state(weights), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        path = folder / "adapter_model.safetensors"
+        save_file(adapter_state(weights), path, metadata={"format": "pt"})
         describe.lora.save_pretrained(str(folder))
     else:
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        path = folder / "model.safetensors"
+        save_file(weights, path, metadata={"format": "pt"})
         describe.model_config.save_pretrained(str(folder))
         describe.tokenizer.save(str(folder / "tokenizer.json"))
-    _write_json(folder / "hpe.json", describe.notes)
+    return path
 
 
 def _write_manifest(folder: Path) -> None:
@@ -110,8 +218,12 @@ def _point(link: Path, target: Path) -> None:
 
 def newest(run_dir: Path) -> Path | None:
     """The newest complete checkpoint of a run: one with a manifest; None if there is none."""
-    whole = [p for p in sorted((run_dir / FOLDER).glob("step-*")) if (p / _MANIFEST).is_file()]
+    whole = _complete(run_dir)
     return whole[-1] if whole else None
+
+
+def _complete(run_dir: Path) -> list[Path]:
+    return [p for p in sorted((run_dir / FOLDER).glob("step-*")) if (p / _MANIFEST).is_file()]
 
 
 def read(folder: Path) -> Saved:

@@ -20,6 +20,7 @@ class Flags:
     print_trainable: bool
 
 
+_MEET_S = 1800.0  # for loading a base from a slow disk
 HELP = "train an adapter, or a whole base: one rank's work, started by a launcher"
 EPILOG = """starting it
   hpe-launch train FILE --nproc 2                          finds the way itself
@@ -89,7 +90,8 @@ def main(argv: list[str]) -> int:
     from launcher.world import discover
 
     world = discover()
-    run = setup(config, world, from_torch(world), resume=flags.resume, allow_change=flags.allow_change)
+    comm = from_torch(world, max(_MEET_S, 2 * config.train.timeout_s))  # so that the watchdog speaks first
+    run = setup(config, world, comm, resume=flags.resume, allow_change=flags.allow_change)
     try:
         return run_loop(run, stop)
     finally:

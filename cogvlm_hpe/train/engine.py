@@ -5,8 +5,8 @@ float32 tensors by name, so that any world size and any ZeRO stage can go on fro
 """
 
 import os
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from cogvlm_hpe.train.partition import is_split, rank_device
 from launcher.comm import Comm
 from launcher.errors import UserError
 
+T = TypeVar("T")
 _ADAM_STATE = ("exp_avg", "exp_avg_sq")
 
 
@@ -48,13 +49,15 @@ def deepspeed_config(config: RunConfig, accumulation: int) -> dict[str, Any]:
     """What DeepSpeed is told, by the engine and by a base that is split before there is one."""
     train = config.train
     return {
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # with offload too it is torch's AdamW, whose state we know how to read
+        "steps_per_print": 10**9,  # what is worth saying goes through our own monitor
+        **train.deepspeed,
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": train.clip,
         "bf16": {"enabled": config.model.dtype == "bf16"},
-        "zero_optimization": {"stage": train.zero_stage},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**9,  # what is worth saying goes through our own monitor
+        "zero_optimization": {**train.deepspeed.get("zero_optimization", {}), "stage": train.zero_stage},
     }
 
 
@@ -68,6 +71,9 @@ class Engine:
         self.parameters = trainable(module)
         _leave_frozen_alone(module)
         _bring_to_working_form(self.parameters.values(), config)
+        self._finite: Tensor | None = None
+        for parameter in self.parameters.values():
+            parameter.register_hook(self._look)
         train = config.train
         self.engine, *_ = deepspeed.initialize(
             model=module,
@@ -75,6 +81,15 @@ class Engine:
             config=deepspeed_config(config, accumulation),
             dist_init_required=False,
         )
+
+    def inside(self, work: Callable[[], T]) -> T:
+        """All ranks. The result of `work`, which uses the model without gradients.
+
+        Under ZeRO-3 weights that one module takes from another are found only inside the engine's own forward.
+        """
+        with torch.no_grad():
+            result: T = self.engine(work)
+        return result
 
     def set_lr(self, lr: float) -> None:
         """Learning rate of the next step."""
@@ -88,6 +103,15 @@ class Engine:
         of ranks: DeepSpeed then averages over ranks and nothing else.
         """
         self.engine.backward(loss, scale_wrt_gas=False)
+
+    def finite(self) -> Tensor | bool:
+        """Whether this rank's gradients since the last call are finite, as they were before ranks added them up."""
+        seen, self._finite = self._finite, None
+        return True if seen is None else seen
+
+    def _look(self, gradient: Tensor) -> None:
+        finite = torch.isfinite(gradient).all()
+        self._finite = finite if self._finite is None else self._finite & finite
 
     def step(self) -> None:
         """End a micro-batch; at the last one of a step, clip and update. Raises UserError on a non-finite gradient.

@@ -1,5 +1,8 @@
 """What the engine trains: the model and, for a base, its dense read-outs, behind one forward."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +25,11 @@ class TrainedModule(nn.Module):
         sees = auxiliary is not None and auxiliary.dense > 0
         self.dense = DenseHeads(config.vision_config["hidden_size"], config.hidden_size) if sees else None
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(self, batch: Batch | Callable[[], Any]) -> Any:
+        """The losses of a batch; or, for `Engine.inside`, what a function gives that uses the model."""
+        return self._losses(batch) if isinstance(batch, Batch) else batch()
+
+    def _losses(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
         """Sum of the answers' losses (0-d), each branch's loss (R,), and the auxiliary loss summed over images."""
         if self.auxiliary is not None and self.auxiliary.tower_only:
             return self._tower(batch)

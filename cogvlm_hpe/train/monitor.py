@@ -10,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from launcher.comm import Comm
 from launcher.files import write_json_atomic
 from launcher.world import World
@@ -26,7 +28,8 @@ class Monitor:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step or None)
+        # TensorBoard drops what it has from the purged step on; the point at first_step itself stays.
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
         self._metrics = run_dir / "metrics.jsonl"
         _cut_after(self._metrics, first_step)
         self._file = self._metrics.open("a", encoding="utf-8")
@@ -42,6 +45,29 @@ class Monitor:
         rounded = {key: float(f"{value:.7g}") for key, value in finite.items()}
         self._file.write(json.dumps({"global_step": global_step, **rounded}) + "\n")
         self._file.flush()
+
+    def first(self, name: str) -> float | None:
+        """The first value this run has recorded under `name`; None where there is none, and on other ranks than 0."""
+        if not self.active:
+            return None
+        lines = self._metrics.read_text(encoding="utf-8").splitlines()
+        return next((values[name] for values in map(json.loads, lines) if name in values), None)
+
+    def image(self, global_step: int, tag: str, pixels: np.ndarray) -> None:
+        """A picture (H, W, 3) uint8 for TensorBoard."""
+        if self.active:
+            self._writer.add_image(tag, pixels, global_step, dataformats="HWC")
+
+    def histogram(self, global_step: int, tag: str, values: list[float]) -> None:
+        """A distribution for TensorBoard."""
+        if self.active:
+            self._writer.add_histogram(tag, np.array(values), global_step)
+
+    def hparams(self, chosen: dict[str, Any], reached: dict[str, float]) -> None:
+        """What was chosen and what came of it, for TensorBoard's table of runs."""
+        if self.active:
+            plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in chosen.items()}
+            self._writer.add_hparams(plain, reached, run_name=".")
 
     def text(self, tag: str, text: str) -> None:
         """A text for TensorBoard, such as the config."""

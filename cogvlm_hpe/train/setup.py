@@ -20,19 +20,22 @@ from cogvlm_hpe import config as configs
 from cogvlm_hpe.config import RunConfig, ShardsConfig
 from cogvlm_hpe.model.fingerprint import fingerprint
 from cogvlm_hpe.model.fresh import fresh_model
-from cogvlm_hpe.model.load import DTYPES, load_base, resolve_base
+from cogvlm_hpe.model.load import DTYPES, Loaded, load_base, resolve_base
 from cogvlm_hpe.model.modeling import CogVLMForCausalLM
 from cogvlm_hpe.model.tokenizer import load_tokenizer
 from cogvlm_hpe.model.weights import open_weights, read_config
 from cogvlm_hpe.train import adapter, checkpoint
 from cogvlm_hpe.train.batch import Collator
 from cogvlm_hpe.train.engine import Engine, deepspeed_config, prepare_deepspeed
+from cogvlm_hpe.train.evaluation import Judge
 from cogvlm_hpe.train.loop import Run
 from cogvlm_hpe.train.module import TrainedModule
 from cogvlm_hpe.train.monitor import Monitor, write_run_json
 from cogvlm_hpe.train.partition import is_split, load_partitioned, piece, rank_device, set_piece
+from cogvlm_hpe.train.watch import Work, device_name, peak_flops
 from launcher.comm import Comm
 from launcher.errors import UserError
+from launcher.watchdog import Watchdog
 from launcher.world import World
 from shards.augment import Augment
 from shards.index import ShardSet, open_set
@@ -89,9 +92,19 @@ def setup(config: RunConfig, world: World, comm: Comm, *, resume: bool, allow_ch
     monitor = Monitor(run_dir, comm, first_step)
     describe_start(monitor, config, module, world, threads, from_folder)
     plan = make_plan(config.shards, sets)
-    stream = make_stream(config.shards, sets, plan, comm, model.config.vision_config["image_size"], first_step)  # 7
+    image_size = model.config.vision_config["image_size"]
+    stream = make_stream(config.shards, sets, plan, comm, image_size, first_step)  # 7
     describe = describe_files(config, base, lora, model, tokenizer)
-    return Run(config, comm, engine, collator, plan, stream, monitor, describe, first_step)
+    writer = checkpoint.Writer(run_dir, describe, config.train.keep, config.evaluate.best, config.train.async_save)
+    judge = (
+        Judge(config, Loaded(model, tokenizer, describe.notes), engine, comm) if config.train.evaluate_every else None
+    )
+    watchdog = Watchdog(comm, config.train.timeout_s, run_dir)
+    work = Work.of(config, model.config) if comm.rank == 0 and peak_flops(device_name()) else None
+    prefix_tokens = model.config.image_tokens + 3  # bos, boi and eoi
+    return Run(
+        config, comm, engine, collator, plan, stream, monitor, writer, judge, work, prefix_tokens, watchdog, first_step
+    )
 
 
 def make_plan(shards: ShardsConfig, sets: list[ShardSet]) -> Plan:

@@ -7,7 +7,19 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from shards.sources import agora, biwi, cogvlm, crowdhuman, flickr30k, refcoco, synthetic, table, visual7w, w300lp
+from shards.sources import (
+    agora,
+    biwi,
+    cogvlm,
+    crowdhuman,
+    flickr30k,
+    panoptic,
+    refcoco,
+    synthetic,
+    table,
+    visual7w,
+    w300lp,
+)
 
 if TYPE_CHECKING:
     from shards.write import Source
@@ -20,6 +32,7 @@ SOURCES: "dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[a
     "cogvlm": (cogvlm.add_arguments, cogvlm.from_args),
     "crowdhuman": (crowdhuman.add_arguments, crowdhuman.from_args),
     "flickr30k": (flickr30k.add_arguments, flickr30k.from_args),
+    "panoptic": (panoptic.add_arguments, panoptic.from_args),
     "refcoco": (refcoco.add_arguments, refcoco.from_args),
     "synthetic": (synthetic.add_arguments, synthetic.from_args),
     "table": (table.add_arguments, table.from_args),

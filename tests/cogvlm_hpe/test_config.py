@@ -52,6 +52,11 @@ def test_packaged_configs_are_valid(path: Path) -> None:
         (["--adapter.targets", "[vision.mlp]"], "use scope all"),
         (["--model.random_init", "true"], "random_init"),
         (["--train.zero_stage", "0", "--model.dtype", "bf16"], "zero_stage 0"),
+        (["--train.evaluate_every", "5"], "shards.val"),
+        (["--train.timeout_s", "0"], "train.timeout_s 0"),
+        (["--evaluate.best", "luck"], "best"),
+        (["--train.deepspeed", '{"gradient_clipping": 2}'], "decided by train.clip"),
+        (["--train.deepspeed", '{"zero_optimization": {"stage": 1}}'], "decided by train.zero_stage"),
     ],
 )
 def test_mistakes_on_the_command_line(written, more: list[str], names: str) -> None:
@@ -91,13 +96,15 @@ def test_the_set_of_keys_changes_only_on_purpose(written) -> None:
     keys = sorted(configs.flatten(parse(["--config", written()])[0]))
     assert keys == [
         "adapter.alpha", "adapter.dropout", "adapter.init", "adapter.rank", "adapter.rslora", "adapter.scope",
-        "adapter.targets", "model.answer_format", "model.base", "model.dtype", "model.prompts.facing",
-        "model.prompts.pose", "model.prompts.tags", "model.prompts.what", "model.prompts.where", "model.random_init",
-        "model.tokenizer", "run_dir", "shards.augment.colour", "shards.augment.crop", "shards.augment.rotate_deg",
-        "shards.batch", "shards.block_shards", "shards.bucket_batches", "shards.flip", "shards.min_visible",
-        "shards.on_bad_sample", "shards.questions", "shards.seed", "shards.train", "shards.workers",
-        "train.auxiliary", "train.betas", "train.clip", "train.gradient_checkpointing", "train.keep",
+        "adapter.targets", "evaluate.batch", "evaluate.best", "evaluate.decode", "evaluate.limit",
+        "evaluate.max_new_tokens", "evaluate.questions", "model.answer_format", "model.base", "model.dtype",
+        "model.prompts.facing", "model.prompts.pose", "model.prompts.tags", "model.prompts.what",
+        "model.prompts.where", "model.random_init", "model.tokenizer", "run_dir", "shards.augment.colour",
+        "shards.augment.crop", "shards.augment.rotate_deg", "shards.batch", "shards.block_shards",
+        "shards.bucket_batches", "shards.flip", "shards.min_visible", "shards.on_bad_sample", "shards.questions",
+        "shards.seed", "shards.train", "shards.val", "shards.workers", "train.async_save", "train.auxiliary",
+        "train.betas", "train.clip", "train.evaluate_every", "train.gradient_checkpointing", "train.keep",
         "train.log_every", "train.lr", "train.max_steps", "train.micro_batch", "train.min_lr_ratio",
-        "train.optimizer", "train.save_every", "train.seed", "train.stop_after", "train.warmup_steps",
-        "train.weight_decay", "train.zero_stage",
+        "train.optimizer", "train.profile", "train.save_every", "train.seed", "train.stop_after", "train.timeout_s",
+        "train.warmup_steps", "train.weight_decay", "train.zero_stage",
     ]  # fmt: skip

@@ -1,80 +1,28 @@
 """The merge job on adapters that peft itself made: identities, exactness, and what it refuses."""
 
 import json
-from argparse import ArgumentParser
 from collections.abc import Callable
 from pathlib import Path
 
 import peft
 import pytest
 import torch
+from merging import make_adapter, make_base, make_tower, run, tuned_weights
 from safetensors.torch import load_file, save_file
 from tiny_model import write_tiny_model
-from torch import nn
 
-from cogvlm_hpe.merge import arithmetic, command, factors, layerwise
+from cogvlm_hpe.merge import arithmetic, factors, layerwise, products
+from cogvlm_hpe.merge import settings as known
 from cogvlm_hpe.merge.base import Base
 from cogvlm_hpe.model.fingerprint import fingerprint
 from cogvlm_hpe.model.load import load
 from cogvlm_hpe.train.adapter import target_modules
 from launcher.errors import UsageError, UserError
 
-TARGETS = ["query_key_value", "dense", "up_proj"]
-
-
-class Block(nn.Module):
-    """One decoder-like block with attention and feed-forward projections."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = nn.ModuleDict({"query_key_value": nn.Linear(24, 72), "dense": nn.Linear(24, 24)})
-        self.mlp = nn.ModuleDict({"up_proj": nn.Linear(24, 40), "down_proj": nn.Linear(40, 24)})
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(…, 24) to (…, 24)."""
-        x = x + self.attention["dense"](self.attention["query_key_value"](x)[..., :24])
-        return x + self.mlp["down_proj"](torch.tanh(self.mlp["up_proj"](x)))
-
-
-class Tower(nn.Module):
-    """Three blocks under `layers`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Block() for _ in range(3))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(…, 24) to (…, 24)."""
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
-def make_tower() -> Tower:
-    torch.manual_seed(0)
-    return Tower()
-
-
-def make_adapter(folder: Path, seed: int = 1, **options: object) -> Path:
-    """A real peft adapter whose layers differ in strength, with an hpe.json beside it."""
-    options = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS} | options
-    model = peft.get_peft_model(make_tower(), peft.LoraConfig(**options))
-    generator = torch.Generator().manual_seed(seed)
-    for i, (name, weight) in enumerate(model.named_parameters()):
-        if "lora_" in name:
-            weight.data = torch.randn(weight.shape, generator=generator) * (0.02 + 0.01 * i)
-    model.save_pretrained(folder)
-    (folder / "hpe.json").write_text(json.dumps({"scope": "text", "answer_format": "offset"}))
-    return folder
-
 
 @pytest.fixture
 def base(tmp_path: Path) -> Base:
-    folder = tmp_path / "base"
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    save_file(make_tower().state_dict(), folder / "model.safetensors")
-    return Base(folder)
+    return make_base(tmp_path / "base")
 
 
 VARIANTS = [
@@ -82,12 +30,6 @@ VARIANTS = [
     {"r": 8, "use_rslora": True},
     {"rank_pattern": {"dense": 2}, "alpha_pattern": {r"layers\.0\.mlp\.up_proj": 3, "dense": 32}},
 ]
-
-
-def tuned_weights(adapter: Path) -> dict[str, torch.Tensor]:
-    """What peft itself makes of an adapter: the weights of the unloaded, merged float64 model."""
-    model = peft.PeftModel.from_pretrained(make_tower().double(), adapter).double().merge_and_unload()
-    return {name.removesuffix(".weight"): value.clone() for name, value in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("options", VARIANTS)
@@ -143,9 +85,10 @@ def test_scaling_is_exact_and_weight_zero_is_the_base(tmp_path: Path, base: Base
     assert all(torch.equal(after[name], plain[f"{name}.weight"]) for name in read.factors)
 
 
-@pytest.mark.parametrize("granularity", layerwise.GRANULARITIES)
+@pytest.mark.parametrize("granularity", known.GRANULARITIES)
 def test_similarities_equal_dense_float64_cosines(tmp_path: Path, base: Base, granularity: str, monkeypatch) -> None:
-    monkeypatch.setattr("cogvlm_hpe.merge.base._BLOCK_BYTES", 8 * 24 * 7)  # several blocks a layer
+    monkeypatch.setattr("cogvlm_hpe.merge.products._READ_ELEMENTS", 24 * 7)  # several pieces a layer
+    monkeypatch.setattr("cogvlm_hpe.merge.products._STEP_ELEMENTS", 24 * 3)  # several steps a piece
     adapter = factors.read_adapter(make_adapter(tmp_path / "a"))
     plain, tuned = make_tower().double().state_dict(), tuned_weights(adapter.path)
     found = layerwise.similarities(base, adapter.factors, granularity)
@@ -167,8 +110,10 @@ def test_a_negated_layer_has_similarity_minus_one() -> None:
     torch.manual_seed(3)
     a, b = torch.randn(5, 24), torch.randn(24, 5)
     weight = b.double() @ a.double()
-    found = layerwise.moments([(0, weight)], factors.Factor(a, b, -2.0)).cosine
-    assert found == pytest.approx(-1.0, abs=1e-12)
+    factor = factors.Factor(a, b, -2.0)
+    squares, cross = products.piece(weight, a.double(), b.double())
+    whole = products.Products(squares, squares - 2 * cross, squares - 4 * cross + products.inner(factor, factor))
+    assert whole.cosine == pytest.approx(-1.0, abs=1e-12)
 
 
 def test_winner_takes_all_keeps_whole_layers_and_plain_peft_loads_them(tmp_path: Path, base: Base) -> None:
@@ -188,8 +133,10 @@ def test_winner_takes_all_keeps_whole_layers_and_plain_peft_loads_them(tmp_path:
 def test_the_folder_holds_all_its_files_and_carries_hpe_json_over(tmp_path: Path, base: Base) -> None:
     path, out = make_adapter(tmp_path / "a"), tmp_path / "out"
     run(base, [path], out)
-    wanted = "README.md adapter_config.json adapter_model.safetensors heatmap.png hpe.json merge.json merge.md".split()
-    assert sorted(file.name for file in out.iterdir()) == wanted
+    wanted = (
+        "README.md adapter_config.json adapter_model.safetensors heatmap.png hpe.json merge.json merge.md tensorboard"
+    )
+    assert sorted(file.name for file in out.iterdir()) == wanted.split()
     hpe = json.loads((out / "hpe.json").read_text())
     assert hpe["scope"] == "text" and hpe["merge"]["method"] == "layerwise"
     assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base.path.resolve())
@@ -202,13 +149,15 @@ def test_the_same_merge_gives_the_same_bytes(tmp_path: Path, base: Base) -> None
     path = make_adapter(tmp_path / "a")
     for parent in ("one", "two"):
         run(base, [path], tmp_path / parent / "out")
-    for file in (tmp_path / "one" / "out").iterdir():
-        assert file.read_bytes() == (tmp_path / "two" / "out" / file.name).read_bytes(), file.name
+    written = [file for file in (tmp_path / "one" / "out").rglob("*") if file.is_file()]
+    assert len(written) == 8
+    for file in written:
+        assert file.read_bytes() == (tmp_path / "two" / file.relative_to(tmp_path / "one")).read_bytes(), file.name
 
 
 def test_nothing_stays_tuned_is_refused_and_leaves_nothing(tmp_path: Path, base: Base) -> None:
     path, out = make_adapter(tmp_path / "a"), tmp_path / "out"
-    with pytest.raises(UserError, match=r"no layer reaches similarity 1 \(highest: 0\.\d+\).*lower --threshold"):
+    with pytest.raises(UserError, match=r"no layer is at similarity 1 or above \(highest: 0\.\d+\).*move --threshold"):
         run(base, [path], out, "--threshold", "1.0")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "base"]
 
@@ -298,13 +247,6 @@ def test_flags_that_cannot_be_meant_are_usage_errors(tmp_path: Path, base: Base,
 def test_an_existing_folder_is_not_overwritten(tmp_path: Path, base: Base) -> None:
     with pytest.raises(UserError, match="exists already"):
         run(base, [make_adapter(tmp_path / "a")], base.path)
-
-
-def run(base: Base, adapters: list[Path], out: Path, *flags: str) -> int:
-    parser = ArgumentParser()
-    command.add_arguments(parser)
-    named = [word for path in adapters for word in ("--adapter", str(path))]
-    return command.run(parser.parse_args(["--base", str(base.path), *named, "--out", str(out), *flags]))
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """`cogvlm-hpe convert`: what goes through it comes out the same, in a folder that is whole or not there."""
 
+import errno
 import json
 import math
 import shutil
@@ -15,7 +16,7 @@ from cogvlm_hpe.cli import main
 from cogvlm_hpe.model import convert
 from cogvlm_hpe.model.configuration import CogVLMConfig
 from cogvlm_hpe.model.fingerprint import fingerprint
-from cogvlm_hpe.model.load import load_base
+from cogvlm_hpe.model.load import base_of, load_base, put_adapter, read_notes
 from cogvlm_hpe.model.modeling import CogVLMForCausalLM
 from cogvlm_hpe.model.weights import open_weights
 
@@ -132,6 +133,10 @@ def test_an_adapter_alone_keeps_its_sat_base(tmp_path: Path) -> None:
     assert names == {"adapter_config.json", "adapter_model.safetensors", "hpe.json"}
     config = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(DATA / "sat_lora")
+    base = base_of(tmp_path / "out")
+    model = load_base(base)
+    put_adapter(model, tmp_path / "out", base, read_notes(tmp_path / "out"))
+    assert lora_logits(model, "image_text") < 1e-4
 
 
 def test_alpha_scales_the_adapter(tmp_path: Path) -> None:
@@ -207,8 +212,8 @@ def test_weights_that_are_not_the_configurations_are_listed(tmp_path: Path, caps
     shutil.copy(DATA / "hf/config.json", tmp_path / "in")
     line = said(capsys, tmp_path / "in", tmp_path / "out", "--to", "sat")
     assert (
-        "missing: 3 x model.layers.#.mlp.vision_mlp.up_proj.weight; unexpected: model.extra.weight; "
-        "of another shape: model.norm.weight" in line
+        "missing model.layers.*.mlp.vision_mlp.up_proj.weight ×3; unexpected model.extra.weight; "
+        "of another shape model.norm.weight (7, not 64)" in line
     )
 
 
@@ -223,10 +228,16 @@ def test_a_folder_is_not_overwritten_and_a_full_disk_is_foreseen(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
-def test_nothing_is_left_of_a_conversion_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert, "copy_companions", lambda *folders: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        run(DATA / "hf", tmp_path / "out", "--to", "sat")
+def test_nothing_is_left_of_a_conversion_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def half(path: Path, *_: object) -> None:
+        path.write_bytes(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(convert, "save_entries", half)
+    line = said(capsys, DATA / "hf", tmp_path / "out", "--to", "sat")
+    assert "out: cannot be written (No space left on device); nothing is left of it" in line
     assert not list(tmp_path.iterdir())
 
 

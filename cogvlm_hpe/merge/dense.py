@@ -1,0 +1,190 @@
+"""Merged weights as a whole checkpoint, a tensor at a time: spread over ranks by files, and resumed between files."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cogvlm_hpe.merge.methods import Changes, Merged, check_finite
+from cogvlm_hpe.merge.settings import Settings
+from cogvlm_hpe.model import convert, sat
+from cogvlm_hpe.model.pickled import save_entries
+from cogvlm_hpe.model.sat_weights import LATEST, rank_file
+from cogvlm_hpe.model.weights import HF_CONFIG, SAT_CONFIG, Weights
+from launcher.comm import Comm
+from launcher.errors import UserError
+from launcher.files import publish_folder, write_json_atomic
+from launcher.progress import Progress
+
+if TYPE_CHECKING:
+    from huggingface_hub import StateDictSplit
+
+_RECIPE = "recipe.json"
+_LOSSES = ".losses.json"
+
+
+class TunedWeights:
+    """A base with merged changes added as its tensors are read: float32, then rounded once to the base's dtype."""
+
+    def __init__(self, base: Weights, changes: Changes) -> None:
+        """Nothing is read before `read`."""
+        self.folder, self.config = base.folder, base.config
+        self._base, self._changes = base, changes
+        self._layers = set(changes.layers())
+        self.losses: dict[str, float] = {}
+        """Layer → ‖rounding error‖ / ‖change‖, of the layers read so far: small changes drown in 16-bit weights."""
+
+    def names(self) -> list[str]:
+        """The base's."""
+        return self._base.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The base's."""
+        return self._base.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The base's."""
+        return self._base.dtype(name)
+
+    def read(self, name: str) -> Tensor:
+        """W + ΔW in the base's dtype. Raises UserError for a tensor that is not finite."""
+        weight, layer = self._base.read(name), name.removesuffix(".weight")
+        if layer not in self._layers:
+            check_finite(name, weight)
+            return weight
+        change = self._changes.change(layer)
+        size = float(change.square().sum(dtype=torch.float64))
+        exact = change.to(torch.promote_types(torch.float32, weight.dtype)).add_(weight)
+        check_finite(name, exact)
+        rounded = exact.to(weight.dtype)
+        lost = float(exact.sub_(rounded).square().sum(dtype=torch.float64)) if rounded is not exact else 0.0
+        self.losses[layer] = float(f"{(lost / size) ** 0.5:.4g}") if size else 0.0
+        return rounded
+
+    def flat(self, name: str, start: int, stop: int) -> Tensor:
+        """Of the merged tensor."""
+        return self.read(name).reshape(-1)[start:stop]
+
+    def forget(self, name: str) -> None:
+        """Of the base."""
+        self._base.forget(name)
+
+
+Job = Callable[[Path, Callable[[], None]], None]
+"""Writes one file; calls the second argument after each tensor."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """The files of a checkpoint, each with its number of tensors and what writes it, and what writes the small rest."""
+
+    files: Mapping[str, tuple[int, Job]]
+    finish: Callable[[Path], None]
+
+
+def write(
+    settings: Settings, merged: Merged, base: Weights, comm: Comm, explain: Callable[[Path, dict[str, float]], None]
+) -> dict[str, float]:
+    """All ranks. Write the checkpoint; rank 0 adds what `explain(folder, losses)` writes and makes it visible.
+
+    Files that an interrupted run with the same recipe finished stay. Returns the loss of each layer by rounding.
+    Raises UserError for a tensor that is not finite, a disk too small, or an unfinished folder of another merge.
+    """
+    weights = TunedWeights(base, merged.changes)
+    form = _sat_form(weights, settings.mp) if settings.output == "sat" else _hf_form(weights, settings.max_shard_gb)
+    unfinished = settings.out.with_name(f".{settings.out.name}.unfinished")
+    if comm.rank == 0:
+        _begin(unfinished, merged.record | {"output": settings.output, "files": list(form.files)}, weights)
+    comm.barrier()
+    mine = list(form.files.items())[comm.rank :: comm.size]
+    with Progress(comm).bar("write tensors", sum(count for _, (count, _) in mine)) as bar:
+        for file, (count, job) in mine:
+            if (unfinished / file).exists():
+                bar.advance(count)
+            else:
+                _write_file(unfinished / file, job, bar.advance, weights)
+    gathered = comm.gather([_read_losses(unfinished / file) for file, _ in mine])
+    losses = {layer: loss for found in gathered or [] for part in found for layer, loss in part.items()}
+    if comm.rank == 0:
+        form.finish(unfinished)
+        explain(unfinished, losses)
+        for path in [unfinished / _RECIPE, *unfinished.rglob(f"*{_LOSSES}")]:
+            path.unlink()
+        publish_folder(unfinished, settings.out)
+    comm.barrier()
+    return losses
+
+
+def _begin(folder: Path, recipe: dict[str, Any], weights: Weights) -> None:
+    """Make the folder, or take up one that the same merge left behind."""
+    path, recipe = folder / _RECIPE, json.loads(json.dumps(recipe))
+    if path.exists():
+        if json.loads(path.read_text(encoding="utf-8")) != recipe:
+            raise UserError(f"{folder}: left unfinished by a merge with other settings or inputs; remove it first")
+        for rest in folder.rglob("*.tmp"):
+            rest.unlink()
+        found = sum((folder / file).exists() for file in recipe["files"])
+        print(f"continuing {folder}: {found} of {len(recipe['files'])} files are there")
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    convert.need_room(folder, convert.total_bytes(weights))
+    for file in recipe["files"]:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(path, recipe)
+
+
+def _write_file(path: Path, job: Job, done: Callable[[], None], weights: TunedWeights) -> None:
+    """Under another name until it is whole and durable; what rounding lost in it lies beside it."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    weights.losses.clear()
+    job(temporary, done)
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    write_json_atomic(path.with_name(path.name + _LOSSES), weights.losses)
+    os.replace(temporary, path)
+
+
+def _read_losses(path: Path) -> dict[str, float]:
+    losses: dict[str, float] = json.loads(path.with_name(path.name + _LOSSES).read_text(encoding="utf-8"))
+    return losses
+
+
+def _hf_form(weights: Weights, max_shard_gb: float) -> Form:
+    plan = convert.shard_plan(weights, int(max_shard_gb * 1e9))
+
+    def job(names: list[str]) -> Job:
+        return lambda path, done: convert.write_shard(weights, path, names, done)
+
+    files = {file: (len(names), job(names)) for file, names in plan.filename_to_tensors.items()}
+    return Form(files, partial(_finish_hf, weights, plan))
+
+
+def _finish_hf(weights: Weights, plan: "StateDictSplit", folder: Path) -> None:
+    convert.write_shard_index(folder, plan)
+    write_json_atomic(folder / HF_CONFIG, convert.hf_config(weights))
+    convert.copy_companions(weights.folder, folder)
+
+
+def _sat_form(weights: Weights, mp_size: int) -> Form:
+    convert.check_mp(weights, mp_size)
+    config = sat.sat_config(weights.config, mp_size)
+
+    def job(mp_rank: int) -> Job:
+        entries = convert.base_entries(weights, mp_rank, mp_size, set())
+        return lambda path, done: save_entries(path, "module", entries, done)
+
+    files = {f"1/{rank_file(rank)}": (len(weights.names()) + 1, job(rank)) for rank in range(mp_size)}
+    return Form(files, partial(_finish_sat, weights, config))
+
+
+def _finish_sat(weights: Weights, config: dict[str, Any], folder: Path) -> None:
+    write_json_atomic(folder / SAT_CONFIG, config)
+    convert.copy_companions(weights.folder, folder)
+    (folder / LATEST).write_text("1", encoding="utf-8")

@@ -1,0 +1,130 @@
+"""Merges that look at each element of the changes, so their result has full rank: TIES, DARE, pruning, breadcrumbs.
+
+A change is a dense tensor of one layer, float32 or wider, one for each adapter; what is returned may reuse its memory.
+Densities are shares of a layer's elements. docs/merging.md tells where mergekit and peft differ.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """What the element-wise methods want to know beside the changes and their weights."""
+
+    density: float = 1.0  # share of elements that stays
+    gamma: float = 0.01  # breadcrumbs: share of the largest elements that goes
+    seed: int = 0  # DARE: which elements are dropped
+
+
+def kept_largest(change: Tensor, count: int) -> Tensor:
+    """Mask of exactly `count` elements of largest magnitude; of equal ones those that come first."""
+    sizes = change.abs().reshape(-1)
+    if count >= len(sizes):
+        return torch.ones_like(change, dtype=torch.bool)
+    if count <= 0:
+        return torch.zeros_like(change, dtype=torch.bool)
+    at = len(sizes) - count
+    limit = float(np.partition(sizes.numpy(), at)[at])  # several times torch.kthvalue's speed
+    mask = sizes > limit
+    lack = count - int(mask.sum())
+    mask[(sizes == limit).nonzero()[:lack, 0]] = True
+    return mask.view(change.shape)
+
+
+def trimmed(change: Tensor, sparsity: Sparsity) -> Tensor:
+    """The largest elements (TIES, arXiv 2306.01708, step 1), as many as the density says but at least one."""
+    if sparsity.density >= 1.0:
+        return change
+    return change.mul_(kept_largest(change, max(1, int(sparsity.density * change.numel()))))
+
+
+def crumbs(change: Tensor, sparsity: Sparsity) -> Tensor:
+    """Without the largest and the smallest elements (model breadcrumbs, arXiv 2312.06795).
+
+    The share `gamma` of largest ones goes, as far as `density` of all can still stay below them.
+    """
+    if sparsity.density >= 1.0:
+        return change
+    size = change.numel()
+    stay, largest = int(sparsity.density * size), int(sparsity.gamma * size)
+    largest = min(largest, size - stay)
+    mask = kept_largest(change, stay + largest)
+    return change.mul_(mask.logical_xor_(kept_largest(change, largest)))
+
+
+def dropped(change: Tensor, sparsity: Sparsity, name: str) -> Tensor:
+    """Each element stays by chance `density`, and those that stay grow by 1 / density (DARE, arXiv 2311.03099).
+
+    The chances follow from the seed and `name` alone, not from what is merged before or where.
+    """
+    if sparsity.density >= 1.0:
+        return change
+    digest = hashlib.sha256(f"{sparsity.seed} {name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    chances = torch.rand(change.shape, generator=generator, dtype=torch.float32)
+    return change.mul_(chances < sparsity.density).div_(sparsity.density)
+
+
+def elected(changes: Sequence[Tensor], weights: Sequence[float], mean: bool) -> Tensor:
+    """Of each element the weighted changes of the winning sign, added up, or their weighted mean (TIES, steps 2, 3).
+
+    The sign is that of the sum of the *weighted* changes, + where it is 0; a change of 0 has no vote and no share.
+    """
+    positive = weighted(changes, weights) >= 0
+    total, share = torch.zeros_like(changes[0]), torch.zeros_like(changes[0])
+    for change, weight in zip(changes, weights, strict=True):
+        part = change * weight
+        agrees = torch.where(positive, part > 0, part < 0)
+        total += part.mul_(agrees)
+        share += agrees * weight
+    return total.div_(share.masked_fill_(share == 0, 1.0)) if mean else total
+
+
+def weighted(changes: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Σ weight · change."""
+    total = changes[0] * weights[0]
+    for change, weight in zip(changes[1:], weights[1:], strict=True):
+        total.add_(change, alpha=weight)
+    return total
+
+
+Method = Callable[[Sequence[Tensor], Sequence[float], Sparsity, Sequence[str]], Tensor]
+"""(changes, weights, sparsity, a name for each change that no other change has) → the merged change."""
+
+
+def _ties(changes: Sequence[Tensor], weights: Sequence[float], sparsity: Sparsity, names: Sequence[str]) -> Tensor:
+    return elected([trimmed(change, sparsity) for change in changes], weights, mean=True)
+
+
+def _prune(changes: Sequence[Tensor], weights: Sequence[float], sparsity: Sparsity, names: Sequence[str]) -> Tensor:
+    return weighted([trimmed(change, sparsity) for change in changes], weights)
+
+
+def _crumbs(changes: Sequence[Tensor], weights: Sequence[float], sparsity: Sparsity, names: Sequence[str]) -> Tensor:
+    return weighted([crumbs(change, sparsity) for change in changes], weights)
+
+
+def _dare(changes: Sequence[Tensor], weights: Sequence[float], sparsity: Sparsity, names: Sequence[str]) -> Tensor:
+    parts = [dropped(change, sparsity, name) for change, name in zip(changes, names, strict=True)]
+    return weighted(parts, weights)
+
+
+def _dare_ties(changes: Sequence[Tensor], weights: Sequence[float], sparsity: Sparsity, names: Sequence[str]) -> Tensor:
+    parts = [dropped(change, sparsity, name) for change, name in zip(changes, names, strict=True)]
+    return elected(parts, weights, mean=False)
+
+
+METHODS: dict[str, Method] = {
+    "ties": _ties,
+    "dare-linear": _dare,
+    "dare-ties": _dare_ties,
+    "magnitude-prune": _prune,
+    "breadcrumbs": _crumbs,
+}
+ELECTING = ("ties", "dare-ties")

@@ -1,0 +1,62 @@
+"""CMU Panoptic Studio (Joo et al., ICCV 2015): people in a dome of cameras, with 3-D faces.
+
+Read are its sequences as the Panoptic Toolbox (github.com/CMU-Perceptual-Computing-Lab/panoptic-toolbox) unpacks them:
+calibration_SEQ.json, hdFace3d, and hdImgs or hdVideos; and the COCO-style JSON that DirectMHP makes of them
+(github.com/hnuzhy/DirectMHP), the published CMU-HPE. The way from faces to poses and boxes is WHENet's and DirectMHP's.
+"""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from shards.write import Source
+
+TRAIN = (
+    *("171204_pose3", "161029_piano4", "160422_ultimatum1", "170307_dance5", "160906_pizza1", "170221_haggling_b3"),
+    *("170224_haggling_a3", "170404_haggling_a1", "170407_haggling_b2"),
+)
+VAL = (
+    *("171026_pose3", "171026_cello3", "160224_haggling1", "160906_ian1", "170915_office1", "170221_haggling_m3"),
+    *("170228_haggling_b1", "170407_haggling_a2"),
+)
+SPLITS = {"train": TRAIN, "val": VAL}
+"""Sequences of each split, as DirectMHP's CMU-HPE has them."""
+HD_CAMERAS = 31
+EVERY_FRAMES, LONG_S, LONG_FACTOR = 60, 300.0, 3
+LEAST_IMAGE_KB = 100.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `hpe-shards build panoptic`."""
+    text = "holds sequences (the official files), or images and annotations (what DirectMHP makes)"
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help=text)
+    parser.add_argument("--split", choices=SPLITS, default="train", help="that of CMU-HPE (default: train)")
+    text = "DirectMHP's JSON (default: FOLDER/annotations/*SPLIT*.json, where there is such a folder)"
+    parser.add_argument("--annotations", type=Path, metavar="FILE", help=text)
+    text = "with DirectMHP's JSON: folder of the images (default: FOLDER/images/SPLIT)"
+    parser.add_argument("--images", type=Path, metavar="DIR", help=text)
+    parser.add_argument("--allow-missing", action="store_true", help="with DirectMHP's JSON: leave out missing images")
+    own = parser.add_argument_group("sequences")
+    text = "take these, whatever their split (default: those of the split that are there)"
+    own.add_argument("--sequences", nargs="+", metavar="SEQ", help=text)
+    own.add_argument("--cameras", nargs="+", type=int, metavar="N", help="HD cameras, of 0 to 30 (default: all)")
+    text = f"one frame in so many, one in {LONG_FACTOR} times so many of sequences longer than {LONG_S / 60:g} minutes"
+    own.add_argument("--every", type=int, default=EVERY_FRAMES, metavar="N", help=f"{text} (default: {EVERY_FRAMES})")
+    text = f"leave out smaller image files, which are damaged frames (default: {LEAST_IMAGE_KB:g})"
+    own.add_argument("--least-image-kb", type=float, default=LEAST_IMAGE_KB, metavar="KB", help=text)
+    text = "take frames from hdVideos instead of hdImgs; needs opencv (pip install 'cogvlm-hpe[video]')"
+    own.add_argument("--video", action="store_true", help=text)
+    text = "the published reference face, a .npy of (58, 3) (default: ours, see docs/data.md)"
+    own.add_argument("--reference", type=Path, metavar="FILE", help=text)
+
+
+def from_args(options: argparse.Namespace) -> "Source":
+    """CMU Panoptic: people seen from 31 sides, all yaws evenly, from its sequences or DirectMHP's JSON."""
+    if options.annotations or (options.folder / "annotations").is_dir():
+        from shards.sources.panoptic.coco import from_coco
+
+        return from_coco(options)
+    from shards.sources.panoptic.studio import from_sequences
+
+    return from_sequences(options)
