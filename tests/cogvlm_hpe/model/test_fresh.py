@@ -3,7 +3,8 @@
 import torch
 
 from cogvlm_hpe.model.fresh import cosines, fresh_model, waves
-from cogvlm_hpe.model.load import read_config, resolve_base
+from cogvlm_hpe.model.load import resolve_base
+from cogvlm_hpe.model.weights import read_config
 
 
 def test_every_place_of_the_grid_has_its_own_wave_and_neighbours_are_alike() -> None:
