@@ -143,12 +143,14 @@ class AuxiliaryConfig:
         guidance: weight of attention that should fall on what the question is about
         guided_layer: decoder layer whose heads are guided, from 0
         guided_heads: how many of its heads
+        tower_only: train vision tower and adapter on the dense loss alone; the decoder stays as it is
     """
 
     dense: float = 0.3
     guidance: float = 0.3
     guided_layer: int = 2
     guided_heads: int = 2
+    tower_only: bool = False
 
 
 @dataclass
@@ -158,10 +160,11 @@ class TrainConfig:
     Args:
         max_steps: length of the run and of its schedule, in global steps
         stop_after: end this start after so many steps, with a checkpoint and exit code 85
-        lr: peak learning rate (AdamW)
+        optimizer: adamw; or muon: Muon for matrices and AdamW for the rest, in fp32 without ZeRO
+        lr: peak learning rate
         min_lr_ratio: the cosine schedule ends at lr times this
         warmup_steps: linear warm-up
-        weight_decay: AdamW's, on every trained parameter
+        weight_decay: decoupled, on every trained parameter
         betas: AdamW's
         clip: largest norm of the gradient
         zero_stage: DeepSpeed ZeRO 0-3
@@ -181,6 +184,7 @@ class TrainConfig:
 
     max_steps: int = 1000
     stop_after: int | None = None
+    optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-4
     min_lr_ratio: float = 0.1
     warmup_steps: int = 100
@@ -318,6 +322,11 @@ def check(config: RunConfig) -> None:
             raise UsageError(f"adapter.targets {wrong}: adapter.scope text leaves image tokens alone; use scope all")
     if train.zero_stage == 0 and config.model.dtype == "bf16":
         raise UsageError("train.zero_stage 0 with model.dtype bf16: keeps no float32 masters; take stage 1 or fp32")
+    if train.optimizer == "muon" and (train.zero_stage or config.model.dtype != "fp32"):
+        raise UsageError("train.optimizer muon: needs whole matrices; take train.zero_stage 0 and model.dtype fp32")
+    auxiliary = train.auxiliary
+    if auxiliary and auxiliary.tower_only and auxiliary.dense <= 0:
+        raise UsageError(f"train.auxiliary.dense {auxiliary.dense}: tower_only trains on nothing else, so above 0")
     if config.model.random_init and adapter:
         raise UsageError("model.random_init with an adapter: a random base is trained whole; leave `adapter` out")
     _check_watching(config)

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-Task = Literal["pose", "where", "what", "facing"]
-TASKS: tuple[Task, ...] = ("pose", "where", "what", "facing")
+Task = Literal["pose", "where", "what", "facing", "tags"]
+TASKS: tuple[Task, ...] = ("pose", "where", "what", "facing", "tags")
 AnswerFormat = Literal["offset", "signed"]
 Kind = Literal["pose", "box", "blended", "out_of_range", "other"]
 
@@ -21,6 +21,7 @@ DEFAULT_PROMPTS: Mapping[Task, str] = {
     "where": "Where is the {expression}?",
     "what": "What is at {box}?",
     "facing": "Which way does the head at {box} face?",
+    "tags": "Tags of {box}?",
 }
 """One question per task. `{box}` and `{expression}` are filled in."""
 
@@ -31,8 +32,10 @@ _BOX_MARK = re.compile(r"\[\[|\]\]")
 _POSE_MARK = re.compile(r"\{\{|\}\}")
 
 # Eight sectors of heading, named as seen in the image: yaw 0 looks at the viewer, yaw > 0 to the image's left.
-_SECTORS = ("front", "front left", "left", "back left", "back", "back right", "right", "front right")
+SECTORS = ("front", "front left", "left", "back left", "back", "back right", "right", "front right")
+TILTS = ("up", "level", "down")
 _LEVEL_SLOPE = 0.25  # |y| from which a face looks up or down: about 14 degrees
+_EDGE_DEG, _EDGE_SLOPE = 5.0, 0.05  # nearer than this to where the word changes, either word is right
 
 
 @dataclass(frozen=True)
@@ -115,11 +118,33 @@ def facing(direction: Sequence[float]) -> str:
 
     `direction` is the unit vector out of the face in camera axes (x right, y down, z away from the viewer).
     """
-    x, y, z = direction
-    sector = _SECTORS[round(math.degrees(math.atan2(-x, -z)) / 45.0) % 8]
-    if abs(y) < _LEVEL_SLOPE:
-        return sector
-    return f"{sector} {'down' if y > 0 else 'up'}"
+    sector, tilt = facing_choices(direction)
+    return SECTORS[sector] if TILTS[tilt] == "level" else f"{SECTORS[sector]} {TILTS[tilt]}"
+
+
+def facing_choices(direction: Sequence[float]) -> tuple[int, int]:
+    """Which of SECTORS and which of TILTS `direction` is."""
+    y = direction[1]
+    return round(_heading_deg(direction) / 45.0) % 8, 1 if abs(y) < _LEVEL_SLOPE else 2 if y > 0 else 0
+
+
+def faces_clearly(direction: Sequence[float]) -> bool:
+    """Whether one answer is right and its neighbours are wrong: not near where the word changes."""
+    from_middle_deg = abs((_heading_deg(direction) + 22.5) % 45.0 - 22.5)
+    return from_middle_deg <= 22.5 - _EDGE_DEG and abs(abs(direction[1]) - _LEVEL_SLOPE) >= _EDGE_SLOPE
+
+
+def _heading_deg(direction: Sequence[float]) -> float:
+    x, _, z = direction
+    return math.degrees(math.atan2(-x, -z))
+
+
+def format_tags(expression: str) -> str:
+    """The words of a thing as `{{red,cube}}`: the other use of double braces, as a large model knows some from code.
+
+    `parse` takes it for what it is: neither pose nor box.
+    """
+    return "{{" + ",".join(expression.split()) + "}}"
 
 
 def ask(task: Task, prompts: Mapping[Task, str], *, box: str = "", expression: str = "") -> str:

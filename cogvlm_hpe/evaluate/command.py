@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from shards.index import ShardSet
 
 HELP = "judge a model on a shard set: pose, grounding and answer formats"
-TASKS = ("pose", "where", "what", "facing")
+TASKS = ("pose", "where", "what", "facing", "tags")
 _SAID_OF_MODELS = ("scope", "answer_format", "prompts", "base_fingerprint", "merge")
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 

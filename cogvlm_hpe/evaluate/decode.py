@@ -93,7 +93,7 @@ def judge(row: Row, given: Answer, answer_format: dialogue.AnswerFormat) -> Row:
         sides = np.array([*row["size"], *row["size"]], dtype=float)
         value = [_rounded(np.array(box) * sides) for box in parsed.boxes]
         errors = {"iou": round(float(metrics.iou(np.array(value[0]), np.array(row["truth"]))), _DIGITS)}
-    elif row["task"] in ("what", "facing"):
+    elif row["task"] in ("what", "facing", "tags"):
         value = " ".join(text.split())
         errors = {"exact": value == row["truth"]}
     return row | {"text": text, "kind": parsed.kind, "parsed": value, "errors": errors} | extra

@@ -92,7 +92,9 @@ def headline(tasks: dict[str, Any]) -> dict[str, float]:
         numbers["grounding_iou"] = tasks["where"]["iou"]["mean"]
         numbers["grounding_valid"] = tasks["where"]["n_valid"] / tasks["where"]["n"]
         numbers["grounding_blended"] = tasks["where"]["format"]["blended"]
-    numbers |= {f"{task}_accuracy": tasks[task]["accuracy"]["mean"] for task in ("what", "facing") if task in tasks}
+    numbers |= {
+        f"{task}_accuracy": tasks[task]["accuracy"]["mean"] for task in ("what", "facing", "tags") if task in tasks
+    }
     return {name: value for name, value in numbers.items() if value is not None}
 
 

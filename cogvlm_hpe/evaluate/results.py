@@ -16,6 +16,8 @@ from cogvlm_hpe.evaluate.summary import ANGLES, IOU_HIT, KINDS, Row, charged_tri
 from launcher.errors import UserError
 
 CONSTANT = "constant pose"
+WORDS = ("what", "facing", "tags")
+"""Tasks answered in words."""
 _EXAMPLE, _EXAMPLES = 48, 3
 
 
@@ -161,11 +163,11 @@ def words_table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
             _percent(result.tasks[task]["accuracy"]["mean"], result.tasks[task]["accuracy"]["ci95"])
             if task in result.tasks
             else "–"
-            for task in ("what", "facing")
+            for task in WORDS
         ]
-        if cells != ["–", "–"]:
+        if any(cell != "–" for cell in cells):
             rows.append([result.set_name, result.name, *cells])
-    return ["set", "system", "what", "facing"], rows
+    return ["set", "system", *WORDS], rows
 
 
 def _score_row(result: Result) -> list[str]:

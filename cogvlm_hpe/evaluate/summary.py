@@ -26,11 +26,17 @@ _AFLW2000_DEG = 99.0
 
 
 def summarise(rows: Iterable[Row]) -> dict[str, Any]:
-    """Scores per task: `{"pose": …, "where": …, "what": …, "facing": …}` for the tasks that were asked."""
+    """Scores per task: `{"pose": …, "where": …, "what": …, "facing": …, "tags": …}` for the tasks that were asked."""
     by_task: dict[str, list[Row]] = {}
     for row in rows:
         by_task.setdefault(row["task"], []).append(row)
-    scorers = {"pose": _pose_scores, "where": _where_scores, "what": _exact_scores, "facing": _exact_scores}
+    scorers = {
+        "pose": _pose_scores,
+        "where": _where_scores,
+        "what": _exact_scores,
+        "facing": _exact_scores,
+        "tags": _exact_scores,
+    }
     return {task: _rounded(scorers[task](by_task[task])) for task in scorers if task in by_task}
 
 

@@ -10,7 +10,7 @@ import shutil
 from itertools import product
 from pathlib import Path
 
-from cogvlm_hpe.dialogue import DEFAULT_PROMPTS
+from cogvlm_hpe.dialogue import DEFAULT_PROMPTS, format_tags
 from cogvlm_hpe.model.load import resolve_base
 from cogvlm_hpe.model.tokenizer import FILE_NAME, train_tokenizer
 from cogvlm_hpe.train.auxiliary import COLOURS, KINDS
@@ -25,6 +25,7 @@ def sentences() -> list[str]:
     """Text that holds every word the tiny base needs whole."""
     prompts = [prompt.format(box="", expression="") for prompt in DEFAULT_PROMPTS.values()]
     things = [f"{colour} {kind}" for colour, kind in product(COLOURS, KINDS)]
+    things += [format_tags(thing) for thing in things]
     return [*prompts, *things, *KINDS, *_HEADS, *_DIRECTIONS, " ".join(_DIRECTIONS), _MARKS, _MARKS.replace(" ", "")]
 
 

@@ -1,7 +1,8 @@
 """Two losses for training a small model; a pretrained CogVLM needs neither.
 
-Dense: what stands at each patch, and how it is turned. A tower learns to see much sooner when every patch has something
-to say. Head axes are given as the nine numbers of the rotation, never as degrees.
+Dense: what stands at each patch, where its box lies and how it is turned. A tower learns to see much sooner when every
+patch has something to say, and the decoder finds the digits and words it needs ready made. Head axes are given as the
+nine numbers of the rotation, never as degrees.
 Guidance: some heads of one decoder layer should look, while answering, at the patches of what the question is about.
 
 Shapes: I images, N patches, C vision width, D decoder width, R branches, L tokens, A heads, P prefix tokens.
@@ -14,11 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cogvlm_hpe.dialogue import SECTORS, TILTS, facing_choices
 from shards.record import Record
 
 KINDS = ("background", "head", "cube", "ball", "cone", "cylinder", "ring", "vase")
 COLOURS = ("red", "blue", "green", "yellow", "purple", "orange", "white", "black")
 _BOX_WEIGHT, _AXES_WEIGHT = 5.0, 5.0
+_DIGITS = 8  # hundreds, then tens, of x0, y0, x1, y1
+_OUTPUTS = [len(KINDS), len(COLOURS), 4, 9, 10 * _DIGITS, len(SECTORS), len(TILTS)]
 
 
 @dataclass
@@ -29,6 +33,8 @@ class DenseTargets:
     colour: Tensor  # (I, N)
     box: Tensor  # (I, N, 4) offsets of the box from the patch's centre, in image sides; nan without a box
     axes: Tensor  # (I, N, 9) rotation of the head; nan where there is none
+    digits: Tensor  # (I, N, 8) the box as it is written: hundreds, then tens, of its thousandths
+    facing: Tensor  # (I, N, 2) which sector and which tilt a head faces
 
 
 def dense_targets(records: Sequence[Record | None], side: int) -> DenseTargets:
@@ -38,6 +44,8 @@ def dense_targets(records: Sequence[Record | None], side: int) -> DenseTargets:
     colour = torch.full((len(records), n), -100)
     box = torch.full((len(records), n, 4), torch.nan)
     axes = torch.full((len(records), n, 9), torch.nan)
+    digits = torch.full((len(records), n, _DIGITS), -100)
+    facing = torch.full((len(records), n, 2), -100)
     steps = (torch.arange(side) + 0.5) / side
     centre = torch.stack([steps.repeat(side), steps.repeat_interleave(side)], dim=1)
     for number, record in enumerate(records):
@@ -50,7 +58,15 @@ def dense_targets(records: Sequence[Record | None], side: int) -> DenseTargets:
             colour[number, inside] = colour_index
             box[number, inside] = corners - centre[inside].repeat(1, 2)
             axes[number, inside] = rotation
-    return DenseTargets(kind, colour, box, axes)
+            if rotation.isfinite().all():
+                facing[number, inside] = torch.tensor(facing_choices((-rotation[2::3]).tolist()))
+            digits[number, inside] = _written(corners)
+    return DenseTargets(kind, colour, box, axes, digits, facing)
+
+
+def _written(corners: Tensor) -> Tensor:
+    hundredths = (100 * corners).long().clamp(0, 99)
+    return torch.cat([hundredths // 10, hundredths % 10])
 
 
 def _things(record: Record) -> list[tuple[Tensor, int, int, Tensor]]:
@@ -73,9 +89,8 @@ class DenseHeads(nn.Module):
 
     def __init__(self, vision_width: int, decoder_width: int) -> None:
         super().__init__()
-        outputs = len(KINDS) + len(COLOURS) + 4 + 9
-        self.tower = nn.Linear(vision_width, outputs)
-        self.glue = nn.Linear(decoder_width, outputs)
+        self.tower = nn.Linear(vision_width, sum(_OUTPUTS))
+        self.glue = nn.Linear(decoder_width, sum(_OUTPUTS))
 
     def forward(self, patches: Tensor, image_tokens: Tensor, targets: DenseTargets) -> Tensor:
         """(I, N, C) and (I, N, D) to the mean loss of an image."""
@@ -102,17 +117,20 @@ def _patches_of(boxes_R4: Tensor, side: int) -> Tensor:
 
 
 def _dense_loss(outputs: Tensor, targets: DenseTargets) -> Tensor:
-    kind, colour, box, axes = outputs.float().split([len(KINDS), len(COLOURS), 4, 9], dim=-1)
+    kind, colour, box, axes, digits, sector, tilt = outputs.float().split(_OUTPUTS, dim=-1)
     return (
         _choice_loss(kind, targets.kind)
         + _choice_loss(colour, targets.colour)
         + _BOX_WEIGHT * _known_mean(box, targets.box, torch.abs)
         + _AXES_WEIGHT * _known_mean(axes, targets.axes, torch.square)
+        + 2 * _choice_loss(digits.unflatten(-1, (_DIGITS, 10)), targets.digits)
+        + _choice_loss(sector, targets.facing[..., 0])
+        + _choice_loss(tilt, targets.facing[..., 1])
     )
 
 
 def _choice_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+    total = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=-100, reduction="sum")
     return total / (targets != -100).sum().clamp(min=1)
 
 

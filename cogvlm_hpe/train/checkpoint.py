@@ -28,6 +28,7 @@ from launcher.files import atomic_folder, sha256
 
 FOLDER = "checkpoints"
 _MANIFEST, _NOTES = "manifest.json", "hpe.json"
+AUXILIARY = "auxiliary.safetensors"
 
 
 @dataclass
@@ -166,7 +167,7 @@ def _write(
     model = _write_model(folder, own, describe)
     _verify(model, adapter_state(own) if describe.lora is not None else own, step)
     if rest:
-        save_file(rest, folder / "auxiliary.safetensors")
+        save_file(rest, folder / AUXILIARY)
     save_file(optimizer, folder / "optimizer.safetensors")
     _verify(folder / "optimizer.safetensors", optimizer, step)
     _write_json(folder / _NOTES, describe.notes | ({} if scores is None else {"scores": scores}))
@@ -246,8 +247,8 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     for name, tensor in load_file(adapter if adapter.is_file() else model).items():
         name = name.removeprefix(PREFIX).replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default.")
         out[MODEL_PREFIX + name] = tensor
-    if (folder / "auxiliary.safetensors").is_file():
-        out |= load_file(folder / "auxiliary.safetensors")
+    if (folder / AUXILIARY).is_file():
+        out |= load_file(folder / AUXILIARY)
     return out
 
 

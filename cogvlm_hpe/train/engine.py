@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from cogvlm_hpe.config import RunConfig
+from cogvlm_hpe.config import RunConfig, TrainConfig
 from cogvlm_hpe.model.load import DTYPES
 from cogvlm_hpe.train.adapter import trainable
+from cogvlm_hpe.train.muon import Muon
 from cogvlm_hpe.train.partition import is_split, rank_device
 from launcher.comm import Comm
 from launcher.errors import UserError
@@ -34,6 +35,14 @@ def prepare_deepspeed() -> None:
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__ = {}
+
+
+def make_optimizer(parameters: dict[str, nn.Parameter], train: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW, or Muon with AdamW, over named parameters."""
+    if train.optimizer == "muon":
+        return Muon(parameters, train.lr, train.betas, train.weight_decay)
+    # One group: with several, DeepSpeed 0.19.8 links only the first one's Adam state to its parameters under ZeRO.
+    return torch.optim.AdamW(parameters.values(), lr=train.lr, betas=train.betas, weight_decay=train.weight_decay)
 
 
 def deepspeed_config(config: RunConfig, accumulation: int) -> dict[str, Any]:
@@ -66,13 +75,9 @@ class Engine:
         for parameter in self.parameters.values():
             parameter.register_hook(self._look)
         train = config.train
-        # One group: with several, DeepSpeed 0.19.8 links only the first one's Adam state to its parameters.
-        optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=train.lr, betas=train.betas, weight_decay=train.weight_decay
-        )
         self.engine, *_ = deepspeed.initialize(
             model=module,
-            optimizer=optimizer,
+            optimizer=make_optimizer(self.parameters, train),
             config=deepspeed_config(config, accumulation),
             dist_init_required=False,
         )
@@ -132,7 +137,7 @@ class Engine:
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """All ranks. Adam's moments by `name/key`, and the count of its steps."""
-        out = {f"{n}/{key}": self._full(p, key) for n, p in self.parameters.items() for key in _ADAM_STATE}
+        out = {f"{n}/{key}": self._full(p, key) for n, p in self.parameters.items() for key in self._keys(p)}
         out["adam_step"] = torch.tensor(float(self._adam_steps()[0]))
         return out
 
@@ -143,7 +148,7 @@ class Engine:
         """
         for name, parameter in self.parameters.items():
             self._set(parameter, weights[name], None)
-            for key in _ADAM_STATE:
+            for key in self._keys(parameter):
                 self._set(parameter, state[f"{name}/{key}"], key)
         for counter in self._adam_steps():
             counter.fill_(float(state["adam_step"]))
@@ -170,6 +175,11 @@ class Engine:
             safe_set_full_fp32_param(parameter, value)
         else:
             safe_set_full_optimizer_state(parameter, value, key)
+
+    def _keys(self, parameter: nn.Parameter) -> list[str]:
+        """Names of a parameter's moments: Muon keeps no second one of a matrix."""
+        kept = self.engine.optimizer.state[parameter] if self._is_plain(parameter) else _ADAM_STATE
+        return [key for key in _ADAM_STATE if key in kept]
 
     def _is_plain(self, parameter: nn.Parameter) -> bool:
         return not hasattr(parameter, "ds_id") and not hasattr(parameter, "_hp_mapping")

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cogvlm_hpe.config import AuxiliaryConfig
@@ -30,6 +31,8 @@ class TrainedModule(nn.Module):
 
     def _losses(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
         """Sum of the answers' losses (0-d), each branch's loss (R,), and the auxiliary loss summed over images."""
+        if self.auxiliary is not None and self.auxiliary.tower_only:
+            return self._tower(batch)
         # Indices stay on the host: the model lays them out there and moves them itself, without a wait.
         out = self.cogvlm(
             pixel_values=batch.pixel_values.to(self.cogvlm.device, self.cogvlm.dtype, non_blocking=True),
@@ -48,3 +51,13 @@ class TrainedModule(nn.Module):
             targets = dense_targets(batch.records, side)
             extra = extra + self.auxiliary.dense * self.dense(out.patches, out.image_tokens, targets)
         return total, out.branch_losses, extra * len(batch.records)
+
+    def _tower(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """The dense loss alone: nothing is asked, and no gradient reaches the decoder."""
+        assert self.auxiliary is not None and self.dense is not None, "tower_only without dense: refused by the config"
+        pixels = batch.pixel_values.to(self.cogvlm.device, self.cogvlm.dtype)
+        tokens, patches = self.cogvlm.model.vision(pixels)
+        targets = dense_targets(batch.records, int(patches.shape[1] ** 0.5))
+        extra = self.auxiliary.dense * self.dense(patches, tokens[:, 1:-1], targets)
+        nothing = torch.zeros(0, device=pixels.device)
+        return nothing.sum(), nothing, extra * len(batch.records)

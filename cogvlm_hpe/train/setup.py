@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from cogvlm_hpe import config as configs
 from cogvlm_hpe.config import RunConfig, ShardsConfig
 from cogvlm_hpe.model.fingerprint import fingerprint
+from cogvlm_hpe.model.fresh import fresh_model
 from cogvlm_hpe.model.load import DTYPES, Loaded, load_base, resolve_base
 from cogvlm_hpe.model.modeling import CogVLMForCausalLM
 from cogvlm_hpe.model.tokenizer import load_tokenizer
@@ -76,6 +77,7 @@ def setup(config: RunConfig, world: World, comm: Comm, *, resume: bool, allow_ch
     model = make_model(config, base, comm, accumulation)  # 2
     lora = adapter.add_lora(model, config.adapter, str(base.resolve())) if config.adapter else None  # 3
     module = TrainedModule(model, config.train.auxiliary)
+    take_readouts(module, base)
     saved = take_weights(module, from_folder)  # 4
     engine = Engine(module, config, comm, accumulation)  # 5
     collator = make_collator(config, tokenizer, model)
@@ -137,7 +139,7 @@ def make_model(config: RunConfig, base: Path, comm: Comm, accumulation: int) -> 
     """
     dtype = DTYPES[config.model.dtype]
     if config.model.random_init:
-        model = CogVLMForCausalLM(read_config(base))
+        model = fresh_model(read_config(base))
     else:
         check_same_base(base, comm)
         if config.train.zero_stage == 3:
@@ -148,6 +150,15 @@ def make_model(config: RunConfig, base: Path, comm: Comm, accumulation: int) -> 
     if config.train.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model
+
+
+def take_readouts(module: TrainedModule, base: Path) -> None:
+    """Go on with the dense read-outs of the stage before, where the base is its checkpoint."""
+    path = base / checkpoint.AUXILIARY
+    if module.dense is not None and path.is_file():
+        from safetensors.torch import load_file
+
+        module.load_state_dict(load_file(path), strict=False)
 
 
 def check_same_base(base: Path, comm: Comm) -> None:

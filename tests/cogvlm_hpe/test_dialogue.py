@@ -197,3 +197,8 @@ def test_facing_mirrors_with_the_image(yaw: float, pitch: float) -> None:
     if abs(sector_deg - 22.5) > 1e-6:  # on a border between sectors rounding decides
         swapped = facing((-x, y, z)).replace("left", "LEFT").replace("right", "left").replace("LEFT", "right")
         assert swapped == facing((x, y, z))
+
+
+def test_tags_are_neither_pose_nor_box() -> None:
+    assert dialogue.format_tags("red cube") == "{{red,cube}}"
+    assert parse("{{red,cube}}").kind == "other"

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
 DOMAINS = ("A", "B", "C")
 SPLITS = ("train", "val", "test", "base")
-DEFAULT_IMAGE_PX = 112
+DEFAULT_IMAGE_PX = 140
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -18,7 +18,7 @@ from shards.write import Sample
 
 Array = np.ndarray
 
-VERSION = 1
+VERSION = 2
 """Of the pictures: raised whenever the same seed would give another image."""
 
 _LEAST_VISIBLE = 0.5

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from cogvlm_hpe.dialogue import SECTORS, TILTS, facing, format_box
 from cogvlm_hpe.train.auxiliary import KINDS, DenseHeads, dense_targets, guidance_loss
 from shards.pose import rotation_from_pose
 from shards.record import Head, Image, Object, Record
@@ -52,3 +53,14 @@ def test_guidance_falls_as_attention_moves_into_the_box() -> None:
     assert guidance_loss(scores, labels, boxes, side=8) < 0.5 * even
     scores[..., 2 + 63] = 9.0
     assert guidance_loss(scores, labels, boxes, side=8) > even
+
+
+def test_dense_targets_spell_the_box_and_the_direction_as_the_answers_do() -> None:
+    targets = dense_targets([RECORD], side=8)
+    digits = format_box(RECORD.objects[0].bbox, 80, 80).strip("[]").split(",")
+    assert targets.digits[0, 63].tolist() == [int(d[0]) for d in digits] + [int(d[1]) for d in digits]
+    head = RECORD.heads[0]
+    sector, tilt = targets.facing[0, 0].tolist()
+    said = facing((-head.matrix[:, 2]).tolist())
+    assert said == SECTORS[sector] + ("" if TILTS[tilt] == "level" else f" {TILTS[tilt]}")
+    assert (targets.facing[0, 63] == -100).all() and (targets.digits[0, 7] == -100).all()

@@ -139,3 +139,16 @@ def test_mistakes_are_one_line(place: Path, whole_run: str) -> None:
     assert again.returncode == 1 and "--resume" in again.stderr
     changed = train(place, whole_run, "--resume", "--train.lr", "0.5")
     assert changed.returncode == 1 and "train.lr: 0.01 -> 0.5" in changed.stderr
+
+
+def test_a_base_under_muon_resumes_bitwise_and_trains_alike_on_two_ranks(place: Path) -> None:
+    words = ["--adapter", "null", "--train.optimizer", "muon", "--train.zero_stage", "0"]
+    words += ["--train.auxiliary", '{"dense": 0.3, "guidance": 0.3, "guided_layer": 1, "guided_heads": 1}']
+    assert train(place, "base-whole", *words).returncode == 0
+    assert train(place, "base-halves", *words, "--train.stop_after", "2").returncode == 85
+    done = train(place, "base-halves", *words, "--resume")
+    assert done.returncode == 0, done.stderr
+    files = [place / run / "last" / "model.safetensors" for run in ("base-whole", "base-halves")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert train(place, "base-two", *words, ranks=2).returncode == 0
+    assert losses(place, "base-two") == pytest.approx(losses(place, "base-whole"), rel=1e-4)

@@ -51,10 +51,10 @@ def test_records_are_valid_and_images_have_their_size(source: SyntheticSource, r
     for i, known in enumerate(records):
         assert from_json(known.to_json()).to_json() == known.to_json()
         height, width, _ = simplejpeg.decode_jpeg(source.sample(i).image).shape
-        assert (width, height) == (known.image.width, known.image.height) == (112, 112)
+        assert (width, height) == (known.image.width, known.image.height) == (140, 140)
         for x0, y0, x1, y1 in [thing.bbox for thing in [*known.heads, *known.objects]]:
-            assert 0 <= x0 < x1 <= 112
-            assert 0 <= y0 < y1 <= 112
+            assert 0 <= x0 < x1 <= 140
+            assert 0 <= y0 < y1 <= 140
         assert all(abs(head.pose_deg[2]) < 90 for head in known.heads)
 
 
