@@ -57,14 +57,17 @@ class Augment:
         one head. Images without heads are not turned, those with objects every other time: their expressions and boxes
         do not survive a turn.
         """
-        draw = _Draws(seed, position)
         whole = (0, 0, known.image.width, known.image.height)
+        mirrored = self.flip and is_mirrored(seed, position)
+        if self.rotate_deg == 0.0 and self.crop == 1.0 and self.colour == 0.0:
+            return Change(whole, mirrored=mirrored)
+        draw = _Draws(seed, position)
         turns = self.rotate_deg > 0.0 and bool(known.heads) and (not known.objects or draw(0) < 0.5)
         strengths = [1.0 + self.colour * (2.0 * draw(k) - 1.0) for k in (1, 2, 3)]
         return Change(
             crop=self._window(known, draw) if self.crop < 1.0 else whole,
             clockwise_deg=self.rotate_deg * (2.0 * draw(4) - 1.0) if turns else 0.0,
-            mirrored=self.flip and is_mirrored(seed, position),
+            mirrored=mirrored,
             brightness=strengths[0],
             contrast=strengths[1],
             saturation=strengths[2],

@@ -15,6 +15,7 @@ import re
 import struct
 import zipfile
 from collections import OrderedDict
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -34,7 +35,7 @@ KEY = re.compile(r"(?=.{1,90}\Z)[A-Za-z0-9_-]+(?:/[A-Za-z0-9_-]+)*")
 """Keys of samples: a dot would end them for webdataset readers."""
 _TAR_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\.tar")
 _PER_SAMPLE = ("image_offset", "image_size", "json_offset", "json_size", "n_heads", "n_objects", "subject")
-_EXTENSIONS = ("jpg", "png")
+_NAME = 100  # bytes of the name at the start of a header
 _OPEN_TARS = 64
 _EVICTIONS = 5  # times a tar may vanish from the cache between its arrival and its reading
 
@@ -74,6 +75,7 @@ class ShardSet:
         self._tars: OrderedDict[int, int] = OrderedDict()
         # Bound once: a dozen look-ups a sample are a good part of what a sample costs.
         self._shard_at, self._key_at = arrays["shard"].item, arrays["key"].item
+        self._shard_bytes: list[int] = [shard["bytes"] for shard in info["shards"]]
         self._spans_at = [arrays[f"{part}_{what}"].item for part in ("image", "json") for what in ("offset", "size")]
 
     def __len__(self) -> int:
@@ -128,27 +130,28 @@ class ShardSet:
         """Sample i. Raises SampleError where its bytes are missing or not its own, UserError where the tar is."""
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of {len(self)}")
-        image_at, image_size, json_at, json_size = (at(i) for at in self._spans_at)
-        start = min(image_at, json_at) - HEADER
-        count = max(image_at + image_size, json_at + json_size) - start
+        image_at, image_size, json_at, json_size = [at(i) for at in self._spans_at]
         # Before memory is given for it: a damaged index may ask for anything.
-        if start < 0 or min(image_size, json_size) < 0 or start + count > self._tar_bytes(i):
+        sound = min(image_at, json_at) >= HEADER and min(image_size, json_size) >= 0
+        if not sound or max(image_at + image_size, json_at + json_size) > self._tar_bytes(i):
             raise self.sample_error(i, "the index puts it outside the tar")
-        data = self._pread(i, start, count)
-        if len(data) < count:
-            raise self.sample_error(i, f"the tar ends at byte {start + len(data)}, the sample at byte {start + count}")
+        # Read apart, so that the image need not be copied out of a larger piece.
+        spans = ((image_at - HEADER, _NAME), (image_at, image_size), (json_at - HEADER, HEADER + json_size))
+        named, image, rest = self._pread(i, spans)
+        if len(image) < image_size or len(rest) < HEADER + json_size:
+            end = self._tar_end(i)
+            last = max(image_at + image_size, json_at + json_size)
+            raise self.sample_error(i, f"the tar ends at byte {end}, the sample at byte {last}")
         key = self._key_at(i)
-        image_at, json_at = image_at - start, json_at - start
-        named = data[image_at - HEADER : image_at - HEADER + 100]
-        for extension in _EXTENSIONS:
-            if named.startswith(b"%b.%b\0" % (key, extension.encode())):
-                break
+        if named.startswith(key + b".jpg\0"):
+            extension = "jpg"
+        elif named.startswith(key + b".png\0"):
+            extension = "png"
         else:
             raise self.sample_error(i, "the tar holds other bytes there than the index says")
-        if not data.startswith(b"%b.json\0" % key, json_at - HEADER):
+        if not rest.startswith(key + b".json\0"):
             raise self.sample_error(i, "the tar holds other bytes there than the index says")
-        image, text = data[image_at : image_at + image_size], data[json_at : json_at + json_size]
-        return Stored(str(key, "ascii"), image, extension, text)
+        return Stored(str(key, "ascii"), image, extension, rest[HEADER:])
 
     def record(self, i: int) -> Record:
         """What is known of sample i. Raises SampleError (a record that breaks the schema too) or UserError."""
@@ -172,17 +175,23 @@ class ShardSet:
         return f"run `hpe-shards verify {self.path}`, then copy the set again, or remove and build it"
 
     def _tar_bytes(self, i: int) -> int:
-        self.shard_name(i)
-        size: int = self.info["shards"][self._shard_at(i)]["bytes"]
-        return size
+        shard = self._shard_at(i)
+        return self._shard_bytes[shard] if 0 <= shard < len(self._shard_bytes) else 0
 
-    def _pread(self, i: int, offset: int, count: int) -> bytes:
-        """Up to `count` bytes: fewer only where the file ends (network file systems may return short reads)."""
+    def _tar_end(self, i: int) -> int:
+        """Where sample i's tar really ends."""
+        try:
+            return self.tar(self._shard_at(i)).stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    def _pread(self, i: int, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        """The bytes at each (offset, size): fewer only where the file ends."""
         shard = self._shard_at(i)
         try:
             if self.remote is not None:
-                return self._pread_cached(shard, offset, count)
-            return _pread_all(self._tar(shard), offset, count)
+                return self._pread_cached(shard, spans)
+            return _pread_all(self._tar(shard), spans)
         except FileNotFoundError:
             tar = self.path / self.shard_name(i)
             raise UserError(
@@ -192,7 +201,7 @@ class ShardSet:
             tar = self.path / self.shard_name(i)
             raise UserError(f"{tar}: cannot be read ({error.strerror}); check the file system") from None
 
-    def _pread_cached(self, shard: int, offset: int, count: int) -> bytes:
+    def _pread_cached(self, shard: int, spans: Sequence[tuple[int, int]]) -> list[bytes]:
         # Opened for one read only: a tar that is dropped from the cache gives its room back at once.
         for _ in range(_EVICTIONS):
             tar = self.bring(shard)
@@ -202,7 +211,7 @@ class ShardSet:
                 continue
             try:
                 Cache.touch(handle)
-                return _pread_all(handle, offset, count)
+                return _pread_all(handle, spans)
             finally:
                 os.close(handle)
         raise UserError(
@@ -239,11 +248,15 @@ class ShardSet:
         self.close()
 
 
-def _pread_all(handle: int, offset: int, count: int) -> bytes:
-    data = os.pread(handle, count, offset)
-    while len(data) < count and (more := os.pread(handle, count - len(data), offset + len(data))):
-        data += more
-    return data
+def _pread_all(handle: int, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+    pieces = []
+    for offset, size in spans:
+        data = os.pread(handle, size, offset)
+        # Network file systems may return less than is there.
+        while len(data) < size and (more := os.pread(handle, size - len(data), offset + len(data))):
+            data += more
+        pieces.append(data)
+    return pieces
 
 
 _AGAIN = "copy the set again, or remove and build it"

@@ -24,6 +24,7 @@ T = TypeVar("T")
 MAX_PERIOD = 10_000
 _OF_BATCHES = 0xB0C4
 _WINDOWS_KEPT = 2
+_AT_ONCE = 2048
 
 
 class Slot(NamedTuple):
@@ -93,6 +94,7 @@ class Plan:
             raise UsageError("bucket_batches needs the number of heads of every sample")
         self._heads = heads
         self._windows: OrderedDict[int, Ints] = OrderedDict()
+        self._shares: tuple[tuple[int, int, int], Ints] = ((-1, 0, 0), np.empty((4, 0), np.int64))
         self.weights = mix_weights(self.ratios)
         """Draws from each set in one period."""
         self.pattern = smooth_round_robin(self.weights)
@@ -118,11 +120,24 @@ class Plan:
     def share_at(self, n: int, rank: int, size: int) -> list[Slot]:
         """`rank`'s slots of global batch n: rank_share of batch_at(n), without working out the other ranks' slots."""
         if not self.bucket_batches:
-            return _slots(self.draws(rank_share(range(n * self.batch, (n + 1) * self.batch), rank, size)))
+            return _slots(self._share(n, rank, size))
         window, place = divmod(n, self.bucket_batches)
         whole = range(place * self.batch, (place + 1) * self.batch)
         share = rank_share(whole, rank, size)
         return _slots(self._window(window)[:, np.array(share)])
+
+    def _share(self, n: int, rank: int, size: int) -> Ints:
+        """(4, B / size) the draws of one share, worked out with those of the batches around it: numpy's calls cost
+        what hundreds of samples do.
+        """
+        share = np.array(rank_share(range(self.batch), rank, size))
+        count = max(1, _AT_ONCE // len(share))
+        name = (n // count, rank, size)
+        if self._shares[0] != name:
+            starts = np.arange(name[0] * count, (name[0] + 1) * count) * self.batch
+            self._shares = (name, self.draws((starts[:, None] + share).ravel()))
+        place = n % count * len(share)
+        return self._shares[1][:, place : place + len(share)]
 
     def batches(self, first: int, last: int) -> Ints:
         """(4, (last - first) · B) set, sample, epoch and position of global batches [first, last), in order."""

@@ -13,6 +13,7 @@ from shards import pose
 
 CONVENTION = "hpe-v1"
 _POSE_TOLERANCE_DEG = 0.1
+_POSE_TOLERANCE = math.sqrt(8.0) * math.sin(math.radians(_POSE_TOLERANCE_DEG) / 2.0)  # as a distance of matrices
 _ORTHONORMAL = 1e-4
 _LONGEST_SIDE_PX = 1_000_000
 _LEAST_SIDE_PX = 1e-3
@@ -145,10 +146,7 @@ def _record(value: dict[str, Any]) -> Record:
     image = Image(**raw, camera=Camera(**camera) if camera else None)
     _check_image(image)
     heads = [_head(f"head {i}", head) for i, head in enumerate(value["heads"])]
-    objects = [
-        Object(str(o["expression"]), _box(f"object {i} ({o['expression']!r})", o["bbox"]))
-        for i, o in enumerate(value["objects"])
-    ]
+    objects = [Object(str(o["expression"]), _box(f"object {i}", o["bbox"])) for i, o in enumerate(value["objects"])]
     return Record(image, heads, objects)
 
 
@@ -173,7 +171,7 @@ def _check_image(image: Image) -> None:
 def _rotation(name: str, value: list[Any] | None, triple: dict[str, float] | None) -> tuple[float, ...] | None:
     """The rotation, checked: it is one, the pose is in range, and both are the same.
 
-    Plain floats: for the few heads of one image numpy and scipy would cost ten times as much.
+    Plain floats, written out: for the few heads of one image numpy and scipy would cost ten times as much.
     """
     if value is None or triple is None:
         if value is not None or triple is not None:
@@ -183,15 +181,18 @@ def _rotation(name: str, value: list[Any] | None, triple: dict[str, float] | Non
     if len(flat) != 9:
         raise RecordError(f"{name}: rotation {value} is not a rotation matrix (9 numbers, row by row)")
     rotation = tuple(map(float, flat))
-    for angle, limit in _LIMITS_DEG.items():
-        if not abs(triple[angle]) <= limit:
-            raise RecordError(f"{name}: {angle} {triple[angle]} deg is outside [-{limit:g}, {limit:g}]")
+    yaw, pitch, roll = triple["yaw"], triple["pitch"], triple["roll"]
+    if not (abs(yaw) <= 180.0 and abs(pitch) <= 90.0 and abs(roll) <= 180.0):
+        for angle, limit in _LIMITS_DEG.items():
+            if not abs(triple[angle]) <= limit:
+                raise RecordError(f"{name}: {angle} {triple[angle]} deg is outside [-{limit:g}, {limit:g}]")
     if not _is_rotation(rotation):
         raise RecordError(f"{name}: rotation {value} is not a rotation matrix (orthonormal, det +1)")
-    meant = _rotation_from_pose(*(math.radians(triple[angle]) for angle in _LIMITS_DEG))
-    # As in pose.geodesic_deg: 2·asin(|A - B|_F / (2·√2)).
-    gap_deg = math.degrees(2.0 * math.asin(min(math.dist(meant, rotation) / math.sqrt(8.0), 1.0)))
-    if gap_deg > _POSE_TOLERANCE_DEG:
+    meant = _rotation_from_pose(math.radians(yaw), math.radians(pitch), math.radians(roll))
+    distance = math.dist(meant, rotation)
+    if distance > _POSE_TOLERANCE:
+        # As in pose.geodesic_deg: 2·asin(|A - B|_F / (2·√2)).
+        gap_deg = math.degrees(2.0 * math.asin(min(distance / math.sqrt(8.0), 1.0)))
         raise RecordError(f"{name}: pose {triple} and rotation differ by {gap_deg:.2f} deg; they must be one pose")
     return rotation
 
@@ -238,12 +239,13 @@ def _share(name: str, what: str, value: Any) -> float:
 
 
 def _box(name: str, value: Any) -> tuple[float, float, float, float]:
-    x0, y0, x1, y1 = (float(v) for v in value)
+    x0, y0, x1, y1 = map(float, value)
+    most, least = _LONGEST_SIDE_PX, _LEAST_SIDE_PX
+    if -most <= x0 and x0 + least <= x1 <= most and -most <= y0 and y0 + least <= y1 <= most:
+        return (x0, y0, x1, y1)
     if not (all(map(math.isfinite, (x0, y0, x1, y1))) and x0 < x1 and y0 < y1):
         raise RecordError(f"{name}: box {list(value)} needs x0 < x1 and y0 < y1, in pixels")
-    if max(map(abs, (x0, y0, x1, y1))) > _LONGEST_SIDE_PX or min(x1 - x0, y1 - y0) < _LEAST_SIDE_PX:
-        raise RecordError(f"{name}: box {list(value)} is no box of an image, in pixels")
-    return (x0, y0, x1, y1)
+    raise RecordError(f"{name}: box {list(value)} is no box of an image, in pixels")
 
 
 def _mirror(box: tuple[float, float, float, float], width: int) -> tuple[float, float, float, float]:

@@ -74,7 +74,7 @@ def test_stored_angles_never_say_minus_180() -> None:
         (changed(heads__0__bbox=[10, 10]), "not a record"),
         (changed(heads__0__visible=1.5), "visible 1.5 is outside"),
         (changed(heads__0__confidence=-1), "confidence -1.0 is outside"),
-        (changed(objects__0__bbox=[5, 5, 1, 9]), "object 0 ('the ring on the left')"),
+        (changed(objects__0__bbox=[5, 5, 1, 9]), "object 0: box [5, 5, 1, 9]"),
     ],
 )
 def test_impossible_records_are_refused_in_one_line(text: str, said: str) -> None:
