@@ -149,10 +149,17 @@ def test_a_folder_without_a_config_is_no_base(tmp_path: Path) -> None:
     assert resolve_base(tmp_path) == tmp_path
 
 
-def test_tokenizer_may_lie_elsewhere(base: Path) -> None:
-    with pytest.raises(UserError):
-        load(base)
-    assert load(base, tokenizer=TINY).tokenizer.get_vocab_size() == load(TINY).tokenizer.get_vocab_size()
+def test_tokenizer_may_lie_elsewhere(tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(TINY / name, tmp_path)
+    with pytest.raises(UserError, match="tokenizer"):
+        load(tmp_path)
+    assert load(tmp_path, tokenizer=TINY).tokenizer.get_vocab_size() == load(TINY).tokenizer.get_vocab_size()
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_has_rows_is_refused(base: Path) -> None:
+    with pytest.raises(UserError, match="tokens, but the model's vocab_size is 41"):
+        load(base, tokenizer=TINY)
 
 
 def test_an_adapters_tokenizer_wins_while_it_exists(base: Path, tmp_path: Path) -> None:
