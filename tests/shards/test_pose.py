@@ -190,3 +190,47 @@ def test_geodesic_equals_the_angle_of_the_turn() -> None:
 def test_is_rotation_refuses(bad: np.ndarray) -> None:
     assert not pose.is_rotation(bad)
     assert pose.is_rotation(np.stack([np.eye(3), bad, np.eye(3)])).tolist() == [True, False, True]
+
+
+def test_a_rear_view_that_published_decoders_take_for_a_front_view() -> None:
+    """6DRepNet's decode knows |yaw| <= 90 only; its full-range patch flips yaw alone, which is another rotation."""
+    matrix = pose.rotation_from_pose(150.0, 10.0, 5.0)
+    theirs = pose.from_6drepnet(matrix)
+    sy = np.hypot(theirs[0, 0], theirs[1, 0])
+    decoded = np.degrees(
+        [np.arctan2(-theirs[2, 0], sy), np.arctan2(theirs[2, 1], theirs[2, 2]), np.arctan2(theirs[1, 0], theirs[0, 0])]
+    )
+    np.testing.assert_allclose(decoded, [30.0, -170.0, -175.0], atol=1e-9)
+    np.testing.assert_allclose(pose.rotation_from_pose(*decoded), matrix, atol=1e-12)
+    np.testing.assert_allclose(pose.pose_from_rotation(matrix), [150.0, 10.0, 5.0], atol=1e-9)
+    patched = pose.rotation_from_pose(150.0, *decoded[1:])
+    assert float(pose.geodesic_deg(patched, matrix)) > 100.0
+
+
+def test_roll_plus_the_angle_is_the_more_wrong_the_more_a_head_looks_aside() -> None:
+    rng = np.random.default_rng(0)
+    pitch, roll = rng.uniform(-40, 40, 20_000), rng.uniform(-30, 30, 20_000)
+    for low, expected_deg in ((0, 13.7), (30, 24.7), (60, 36.5), (90, 46.8), (120, 54.4), (150, 58.1)):
+        yaw = rng.uniform(low, low + 30, 20_000) * rng.choice([-1, 1], 20_000)
+        turned = pose.rotate_rotation(pose.rotation_from_pose(yaw, pitch, roll), 30.0)
+        naive = pose.rotation_from_pose(yaw, pitch, roll + 30.0)
+        assert pose.geodesic_deg(turned, naive).mean() == pytest.approx(expected_deg, abs=0.5)
+
+
+def test_angles_near_profile_cost_more_than_the_rotation_does() -> None:
+    """The same 5 degrees of noise: yaw errs by 2.5 everywhere, pitch and roll by 33 at yaw 85."""
+    rng = np.random.default_rng(0)
+    for yaw, expected_deg in ((0.0, (2.5, 2.5, 2.5)), (75.0, (2.6, 9.6, 9.6)), (85.0, (2.4, 33.0, 33.0))):
+        matrix = pose.rotation_from_pose(yaw, 0.0, 0.0)
+        axes = rng.normal(size=(20_000, 3))
+        axes *= np.radians(5.0) / np.linalg.norm(axes, axis=1, keepdims=True)
+        noisy = Rotation.from_rotvec(axes).as_matrix() @ matrix
+        np.testing.assert_allclose(pose.geodesic_deg(noisy, matrix), 5.0, atol=1e-6)
+        errors = np.abs(pose.wrap_deg(pose.pose_from_rotation(noisy) - [yaw, 0.0, 0.0])).mean(axis=0)
+        np.testing.assert_allclose(errors, expected_deg, rtol=0.1)
+
+
+@pytest.mark.parametrize(("hfov_deg", "edge_deg"), [(40, 20.0), (65, 32.5), (90, 45.0)])
+def test_a_head_at_the_edge_looks_turned_by_half_the_field_of_view(hfov_deg: float, edge_deg: float) -> None:
+    ray = np.array([np.tan(np.radians(hfov_deg / 2)), 0.0, 1.0])
+    assert pose.pose_from_rotation(pose.ray_relative(np.eye(3), ray))[0] == pytest.approx(-edge_deg)
