@@ -8,6 +8,7 @@ Guidance: some heads of one decoder layer should look, while answering, at the p
 Shapes: I images, N patches, C vision width, D decoder width, R branches, L tokens, A heads, P prefix tokens.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -71,9 +72,15 @@ def _written(corners: Tensor) -> Tensor:
 
 def _things(record: Record) -> list[tuple[Tensor, int, int, Tensor]]:
     scale = torch.tensor([record.image.width, record.image.height] * 2, dtype=torch.float)
+    unknown = (math.nan,) * 9
     out = [
-        (torch.tensor(h.bbox, dtype=torch.float) / scale, 1, -100, torch.tensor(h.rotation or [torch.nan] * 9))
-        for h in record.heads
+        (
+            torch.tensor(head.bbox, dtype=torch.float) / scale,
+            1,
+            -100,
+            torch.tensor(head.rotation or unknown, dtype=torch.float),
+        )
+        for head in record.heads
     ]
     for thing in record.objects:
         words = thing.expression.split()

@@ -64,3 +64,9 @@ def test_dense_targets_spell_the_box_and_the_direction_as_the_answers_do() -> No
     said = facing((-head.matrix[:, 2]).tolist())
     assert said == SECTORS[sector] + ("" if TILTS[tilt] == "level" else f" {TILTS[tilt]}")
     assert (targets.facing[0, 63] == -100).all() and (targets.digits[0, 7] == -100).all()
+
+
+def test_a_mirrored_record_has_targets_too() -> None:
+    targets = dense_targets([RECORD.mirrored()], side=8)
+    assert targets.axes.dtype == torch.float
+    assert targets.axes[0, 7].isfinite().all() and targets.axes[0, 0].isnan().all()
