@@ -17,9 +17,10 @@ help:
 demo: .venv/installed
 	$(BIN)/cogvlm-hpe demo
 
+# Two at a time: the slow ones spend half of their time waiting for the processes they start.
 test: lint
 	tests/install.sh
-	$(BIN)/python -m pytest -m "not slurm"
+	$(BIN)/python -m pytest -n 2 -m "not slurm"
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
