@@ -39,7 +39,7 @@ judged=
 judge() { # SYSTEM MODEL PREDECESSOR
     # shellcheck disable=SC2086
     submit "evaluate-$1" "${EVALUATE_SBATCH:-}" "$3" "$here/evaluate.sh" \
-        --model "$2" --name "$1" --shards "$shards" ${EVALUATE_WORDS:-} --out "$out/evaluation/$1"
+        --model "$2" --name "$1" --shards "$shards" ${EVALUATE_WORDS:-} --resume --out "$out/evaluation/$1"
     judged=$judged:$id
 }
 judge base "$base" "$train"
