@@ -146,7 +146,7 @@ class Reader:
         try:
             stored = shard_set.read(slot.sample)
             known = shard_set.parse(slot.sample, stored.json)
-            change = augment.at(seed, slot.position, known)
+            change = None if augment is _AS_STORED else augment.at(seed, slot.position, known)
             image = None
             if self._image_size is not None:
                 image = self._image(shard_set, slot.sample, stored.image, stored.extension, known, change)
@@ -154,10 +154,12 @@ class Reader:
             if not self._skips:
                 raise
             return Item(slot, error.key, None, None, problem=str(error))
+        if change is None:
+            return Item(slot, stored.key, image, known)
         return Item(slot, stored.key, image, change.record(known), change.mirrored)
 
     def _image(
-        self, shard_set: ShardSet, i: int, data: bytes, extension: str, known: Record, change: Change
+        self, shard_set: ShardSet, i: int, data: bytes, extension: str, known: Record, change: Change | None
     ) -> "torch.Tensor":
         try:
             pixels = decode_pixels(data, extension, (known.image.width, known.image.height))
@@ -167,12 +169,14 @@ class Reader:
             raise shard_set.sample_error(i, f"the {extension} does not decode ({error})") from None
         if callable(self._image_size):
             return self._image_size(pixels, known)
-        return change.finish(resize(change.cut(pixels), self._image_size or len(pixels)))
+        size_px = self._image_size or len(pixels)
+        return resize(pixels, size_px) if change is None else change.finish(resize(change.cut(pixels), size_px))
 
 
 class _PlannedBatch:
     def __init__(self, reader: Reader, plan: Plan, rank: int, size: int, augment: Augment) -> None:
-        self._reader, self._plan, self._rank, self._size, self._augment = reader, plan, rank, size, augment
+        self._reader, self._plan, self._rank, self._size = reader, plan, rank, size
+        self._augment = _AS_STORED if augment == _AS_STORED else augment
         self._asked = 0
         self._ahead = Ahead() if any(shard_set.remote for shard_set in reader.sets) else None
 

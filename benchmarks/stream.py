@@ -1,0 +1,402 @@
+"""Our stream beside plain webdataset, wids and megatron-energon on the same tars, in one run.
+
+  raw       image bytes and parsed JSON arrive in the training process; nothing is decoded (ours also checks the record)
+  decoded   3 x 490 x 490 uint8 RGB arrive in batches of 8, by the same decoder for all, and the JSON
+  ceiling   that decoder alone, on bytes in memory, eight images held at a time
+
+CPU is user + system time of the loop's process and its readers; each figure the least of alternating repeats, each in a
+fresh process, after a warm-up. Last: what a set of a million samples costs to open.
+
+python benchmarks/stream.py [--samples 4000] [--decoded 320] [--repeats 2] [--workers 0,1,2] [--data DIR]
+
+megatron-energon is measured where it can be imported. It is not in the extra `bench`: its dependency s3fs needs
+python-dateutil < 3 and multi-storage-client tzdata < 2026, older than what this project is tested with.
+"""
+
+import argparse
+import importlib.util
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SIZE_PX, BATCH = 490, 8
+LOADERS = ("ours", "wids", "webdataset", "energon")
+NEEDED = {"ours": "shards", "wids": "wids", "webdataset": "webdataset", "energon": "megatron.energon"}
+_WARM_UP = {"raw": 1200, "decoded": 48}
+_SHUFFLE_BUFFER = 1000
+_DISTINCT_IMAGES = 100
+
+
+class Photos:
+    """640 x 480 JPEGs of about 78 KB with one to three heads each; the images repeat, the records do not."""
+
+    name, licence, split = "benchmark", "CC0-1.0", "train"
+
+    def __init__(self, samples: int) -> None:
+        self.scope = {"samples": samples}
+        self._samples = samples
+        self._images = [_photo(k) for k in range(_DISTINCT_IMAGES)]
+
+    def __len__(self) -> int:
+        return self._samples
+
+    def sample(self, i: int) -> Any:
+        """Sample i."""
+        from shards import pose
+        from shards.record import Camera, Head, Image, Object, Record
+        from shards.write import Sample
+
+        rng = np.random.default_rng(i)
+        heads = [
+            Head((10.0 + 90 * k, 20.0, 90.0 + 90 * k, 120.0), tuple(pose.rotation_from_pose(*angles).flat), subject="p")
+            for k, angles in enumerate(rng.uniform((-180, -90, -180), (180, 90, 180), (1 + i % 3, 3)))
+        ]
+        camera = Camera(500.0, 500.0, 320.0, 240.0)
+        record = Record(
+            Image(640, 480, self.name, str(i), f"s{i % 50}", camera), heads, [Object("the mug", (1.0, 1.0, 99.0, 99.0))]
+        )
+        return Sample(f"photo-{i:07d}", self._images[i % len(self._images)], "jpg", record)
+
+
+def _photo(seed: int) -> bytes:
+    import simplejpeg
+
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:480, :640]
+    waves = [127 + 70 * np.sin(x / (9 + 4 * c + seed % 5) + y / (13 + seed % 7)) for c in range(3)]
+    grain = rng.normal(0, 4.2, (480, 640, 1))
+    pixels = np.ascontiguousarray(np.clip(np.stack(waves, axis=-1) + grain, 0, 255).astype(np.uint8))
+    return simplejpeg.encode_jpeg(pixels, quality=90, colorsubsampling="420")
+
+
+# Each loader gives, for ever or long enough, the number of samples that have just arrived.
+
+
+def ours(folder: Path, mode: str, workers: int) -> Iterator[int]:
+    import torch
+
+    from shards.index import open_set
+    from shards.plan import Plan
+    from shards.stream import Stream
+
+    shard_set = open_set(folder)
+    plan = Plan.of([shard_set], [1.0], 1, BATCH)
+    for _, items in Stream([shard_set], plan, 0, 1, SIZE_PX if mode == "decoded" else None, workers=workers):
+        if mode == "decoded":
+            torch.stack([item.image for item in items if item.image is not None])
+        yield len(items)
+
+
+def _decoded(sample: dict[str, Any]) -> tuple[Any, Any]:
+    from shards.pixels import decode_image
+
+    return decode_image(sample["jpg"], "jpg", SIZE_PX), json.loads(sample["json"])
+
+
+def _raw(sample: dict[str, Any]) -> tuple[bytes, Any]:
+    return sample["jpg"], json.loads(sample["json"])
+
+
+def webdataset(folder: Path, mode: str, workers: int) -> Iterator[int]:
+    import webdataset as wds
+    from torch.utils.data import DataLoader
+
+    tars = sorted(map(str, folder.glob("*.tar")))
+    dataset = wds.WebDataset(tars, shardshuffle=len(tars)).repeat().shuffle(_SHUFFLE_BUFFER)
+    dataset = dataset.map(_decoded if mode == "decoded" else _raw)
+    for batch in DataLoader(dataset.batched(BATCH, collation_fn=_collate), batch_size=None, num_workers=workers):
+        yield len(batch[1])
+
+
+def _collate(samples: list[tuple[Any, Any]]) -> list[Any]:
+    """Records as they are, images as torch's own collation makes a batch of them."""
+    from torch.utils.data import default_collate
+
+    images, records = zip(*samples, strict=True)
+    return [list(images) if isinstance(images[0], bytes) else default_collate(images), list(records)]
+
+
+def wids(folder: Path, mode: str, workers: int) -> Iterator[int]:
+    import wids as peer
+    from torch.utils.data import DataLoader
+
+    info = json.loads((folder / "index.json").read_text())["shards"]
+    shards = [{"url": str(folder / shard["file"]), "nsamples": shard["samples"]} for shard in info]
+    with open(os.devnull, "w") as quiet:
+        stderr, sys.stderr = sys.stderr, quiet
+        dataset = peer.ShardListDataset(shards, localname=lambda url: url, transformations=[])
+        sys.stderr = stderr
+    view = _WidsView(dataset, mode)
+    for epoch in itertools.count():
+        sampler = peer.ChunkedSampler(dataset, chunksize=1000, shuffle=True, seed=epoch)
+        for batch in DataLoader(view, BATCH, sampler=sampler, num_workers=workers, collate_fn=_collate):
+            yield len(batch[1])
+
+
+class _WidsView:
+    def __init__(self, dataset: Any, mode: str) -> None:
+        self._dataset, self._mode = dataset, mode
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, i: int) -> Any:
+        sample = self._dataset[i]
+        data = {name[1:]: value.read() for name, value in sample.items() if name in (".jpg", ".json")}
+        return _decoded(data) if self._mode == "decoded" else _raw(data)
+
+
+def energon(folder: Path, mode: str, workers: int) -> Iterator[int]:
+    from megatron.energon import WorkerConfig, get_loader, get_train_dataset
+
+    config = WorkerConfig(rank=0, world_size=1, num_workers=workers)
+    dataset = get_train_dataset(
+        _energon_folder(folder),
+        worker_config=config,
+        batch_size=BATCH,
+        shuffle_buffer_size=_SHUFFLE_BUFFER,
+        max_samples_per_sequence=100,
+        task_encoder=_energon_encoder(mode),
+    )
+    for batch in get_loader(dataset):
+        yield len(batch[1])
+
+
+def _energon_encoder(mode: str) -> Any:
+    from megatron.energon import Cooker, DefaultTaskEncoder, basic_sample_keys, edataclass, stateless
+    from megatron.energon import Sample as EnergonSample
+
+    @edataclass
+    class Arrived(EnergonSample):
+        content: Any
+
+    @stateless
+    def cook(sample: dict[str, Any]) -> Arrived:
+        content = _decoded(sample) if mode == "decoded" else _raw(sample)
+        return Arrived(**basic_sample_keys(sample), content=content)
+
+    class Encoder(DefaultTaskEncoder):
+        decoder = None
+        cookers = [Cooker(cook)]
+
+        def batch(self, samples: list[Arrived]) -> Any:
+            return _collate([sample.content for sample in samples])
+
+    return Encoder()
+
+
+def _energon_folder(folder: Path) -> Path:
+    """The same tars by hard links, with energon's own index and description."""
+    there = folder.parent / f"{folder.name}-energon"
+    if (there / ".nv-meta" / "dataset.yaml").exists():
+        return there
+    from megatron.energon.flavors.webdataset.prepare import WebdatasetPreparator
+
+    there.mkdir(exist_ok=True)
+    for tar in folder.glob("*.tar"):
+        (there / tar.name).unlink(missing_ok=True)
+        os.link(tar, there / tar.name)
+    names = sorted(tar.name for tar in there.glob("*.tar"))
+    WebdatasetPreparator.prepare_dataset(there, names, split_parts_ratio=[("train", 1.0)], workers=1)
+    text = "__module__: megatron.energon\n__class__: CrudeWebdataset\n"
+    (there / ".nv-meta" / "dataset.yaml").write_text(text)
+    return there
+
+
+def ceiling(folder: Path, mode: str, workers: int) -> Iterator[int]:
+    from shards.index import open_set
+
+    shard_set = open_set(folder)
+    images = [shard_set.read(i).image for i in range(_DISTINCT_IMAGES)]
+    for i in itertools.count(0, BATCH):
+        batch = [_decoded({"jpg": images[k % len(images)], "json": b"0"}) for k in range(i, i + BATCH)]
+        yield len(batch)
+
+
+def measure(loader: str, folder: Path, mode: str, workers: int, samples: int) -> dict[str, float]:
+    """CPU ms a sample, samples/s and memory of one loader, in this process."""
+    import psutil
+    import torch
+
+    torch.set_num_threads(1)
+    me = psutil.Process()
+    arrived = globals()[loader](folder, mode, workers)
+
+    def take(count: int) -> int:
+        taken = 0
+        while taken < count:
+            taken += next(arrived)
+        return taken
+
+    take(_WARM_UP[mode])
+    family = [me, *me.children(recursive=True)]
+    before, start_s = _cpu_s(family), time.perf_counter()
+    taken = take(samples)
+    wall_s, after = time.perf_counter() - start_s, _cpu_s(family)
+    memory = [process.memory_full_info().uss / 2**20 for process in family if process.is_running()]
+    return {
+        "cpu_ms": 1e3 * (after - before) / taken,
+        "rate": taken / wall_s,
+        "uss_mib": memory[0],
+        "worker_uss_mib": max(memory[1:], default=0.0),
+    }
+
+
+def _cpu_s(family: list[Any]) -> float:
+    return sum(sum(process.cpu_times()[:2]) for process in family)
+
+
+def run_one(arguments: list[str]) -> dict[str, float]:
+    """measure() in a process of its own."""
+    command = [sys.executable, __file__, "--one", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(arguments)}: {done.stderr.strip()[-600:]}")
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def compare(folder: Path, options: argparse.Namespace) -> None:
+    """Measure and print all loaders."""
+    from rich.console import Console
+    from rich.table import Table
+
+    loaders = [name for name in LOADERS if _can_import(NEEDED[name])]
+    for name in LOADERS:
+        if name not in loaders:
+            print(f"{name}: skipped, {NEEDED[name]} is not installed")
+    cells = [("raw", 0), *(("decoded", workers) for workers in options.workers)]
+    best: dict[tuple[str, str, int], dict[str, float]] = {}
+    for turn in range(options.repeats):
+        tasks = [(name, mode, workers) for mode, workers in cells for name in loaders] + [("ceiling", "decoded", 0)]
+        for name, mode, workers in tasks:
+            count = options.samples if mode == "raw" else options.decoded
+            found = run_one([name, str(folder), mode, str(workers), str(count)])
+            key = (name, mode, workers)
+            rate = max(found["rate"], best[key]["rate"]) if key in best else found["rate"]
+            best[key] = {**min(found, best.get(key, found), key=lambda f: f["cpu_ms"]), "rate": rate}
+            print(f"  {turn + 1}/{options.repeats} {name} {mode} {workers}: {found['cpu_ms']:.3f} ms", file=sys.stderr)
+    top = best["ceiling", "decoded", 0]["cpu_ms"]
+    table = Table("mode", "readers", "loader", "CPU ms", "/s a core", "/s seen")
+    for title in ("CPU of ours", "of ceiling", "MiB", "MiB a reader"):
+        table.add_column(title)
+    for mode, workers in cells:
+        for name in loaders:
+            found = best[name, mode, workers]
+            share = f"{100 * top / found['cpu_ms']:.0f} %" if mode == "decoded" else ""
+            ratio = f"{found['cpu_ms'] / best['ours', mode, workers]['cpu_ms']:.2f} x"
+            table.add_row(
+                *(
+                    mode,
+                    str(workers),
+                    name,
+                    f"{found['cpu_ms']:.3f}",
+                    f"{1e3 / found['cpu_ms']:.0f}",
+                    f"{found['rate']:.0f}",
+                ),
+                *(ratio, share, f"{found['uss_mib']:.0f}", f"{found['worker_uss_mib']:.0f}" if workers else ""),
+            )
+    table.add_row("decoded", "", "ceiling", f"{top:.3f}", f"{1e3 / top:.0f}")
+    Console(width=140).print(table)
+
+
+def _can_import(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def million(folder: Path) -> None:
+    """Open a set whose index has a million samples; print what that costs in memory and time."""
+    from shards.index import open_set
+    from shards.plan import Plan
+
+    count = 1_000_000
+    _write_large_index(folder, count)
+    anonymous, resident = _memory_mib()
+    start_s = time.perf_counter()
+    shard_set = open_set(folder)
+    plan = Plan.of([shard_set], [1.0], 0, 64)
+    opened_s = time.perf_counter() - start_s
+    for n in range(200):
+        for slot in plan.batch_at(n):
+            shard_set.key(slot.sample)
+            shard_set.shard_name(slot.sample)
+    anonymous_after, resident_after = _memory_mib()
+    size_mib = (folder / "index.npz").stat().st_size / 2**20
+    own, mapped = anonymous_after - anonymous, resident_after - resident
+    print(
+        f"index of {count:,} samples, {size_mib:.0f} MiB: opened in {1e3 * opened_s:.0f} ms; after 12,800 random "
+        f"look-ups {own:.1f} MiB of own memory and {mapped:.1f} MiB of mapped pages more"
+    )
+
+
+def _write_large_index(folder: Path, count: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    per_shard = 1000
+    numbers = np.arange(count)
+    heads = np.ones(count, np.int32)
+    arrays = {
+        "shard": (numbers // per_shard).astype(np.int32),
+        "image_offset": numbers % per_shard * 80_000,
+        "image_size": np.full(count, 78_000, np.int32),
+        "json_offset": numbers % per_shard * 80_000 + 79_000,
+        "json_size": np.full(count, 600, np.int32),
+        "n_heads": heads,
+        "n_objects": heads,
+        "key": np.char.mod("photo-%07d", numbers).astype("S"),
+        "subject": heads,
+        "head_subject": heads,
+        "subjects": np.array([b"", b"s"]),
+    }
+    np.savez(folder / "index.npz", **arrays)
+    shards = [
+        {"file": f"photo-{k:06d}.tar", "samples": per_shard, "bytes": 80_010_240, "sha256": "0" * 64}
+        for k in range(count // per_shard)
+    ]
+    info = {"format": "hpe-shards-1", "counts": {"samples": count}, "shards": shards}
+    (folder / "index.json").write_text(json.dumps(info))
+
+
+def _memory_mib() -> tuple[float, float]:
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return tuple(int(status[name].split()[0]) / 1024 for name in ("RssAnon", "RssFile"))  # type: ignore[return-value]
+
+
+def main() -> None:
+    if "--one" in sys.argv:
+        loader, folder, mode, workers, samples = sys.argv[sys.argv.index("--one") + 1 :]
+        print(json.dumps(measure(loader, Path(folder), mode, int(workers), int(samples))))
+        return
+    if "--million" in sys.argv:
+        million(Path(sys.argv[-1]))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=4000, help="raw samples of each measurement")
+    parser.add_argument("--decoded", type=int, default=320, help="decoded samples of each measurement")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--workers", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2])
+    parser.add_argument("--data", type=Path, help="folder for the data, kept (default: a temporary one)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        base = options.data or Path(temporary)
+        from launcher.comm import single
+        from shards.write import build
+
+        build(Photos(5000), base / "photos", single(), 1000)
+        compare(base / "photos", options)
+        subprocess.run([sys.executable, __file__, "--million", str(base / "million")], check=True)
+
+
+if __name__ == "__main__":
+    main()
