@@ -40,7 +40,7 @@ class Sizes:
     train_scenes: int = 2400
     val_scenes: int = 100
     test_scenes: int = 150
-    max_steps: int = 1200
+    max_steps: int = 900
     seed: int = 1
 
     def scenes(self, name: str) -> int:
