@@ -192,7 +192,7 @@ def _print_info(shard_set: "ShardSet") -> None:
     rows["scope"] = ", ".join(f"{key} {value}" for key, value in info["scope"].items())
     rows |= {key: f"{number:,}" for key, number in info["counts"].items()}
     console = Console(highlight=False)
-    facts = Table(title=str(shard_set.path), show_header=False)
+    facts = Table(title=shard_set.place, show_header=False)
     for key, value in rows.items():
         facts.add_row(key, escape(value))
     console.print(facts)

@@ -136,6 +136,9 @@ def test_order_does_not_depend_on_ranks_and_workers(
     assert order(capsys, *common, "--from", "2", "--count", "4", "--world", "4") == lines[2:]
     assert order(capsys, *common, "--count", "3", "--world", "2", "--workers", "2") == lines[:3]
     assert order(capsys, *mix, "--seed", "4", "--batch", "8", "--count", "6") != lines
+    options = [*common, "--block-shards", "1", "--bucket-batches", "2", "--count", "3"]
+    bucketed = order(capsys, *options)
+    assert bucketed != lines[:3] and order(capsys, *options, "--world", "2", "--workers", "1") == bucketed
 
 
 def test_order_refuses_what_cannot_be_meant(tiny_set: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
