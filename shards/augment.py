@@ -215,11 +215,14 @@ def _turned_image(image: "torch.Tensor", clockwise_deg: float, sides: tuple[int,
     import torch
     from torch.nn import functional
 
-    angle, ratio = math.radians(clockwise_deg), sides[1] / sides[0]
+    angle, ratio, size_px = math.radians(clockwise_deg), sides[1] / sides[0], image.shape[-1]
     cosine, sine = math.cos(angle), math.sin(angle)
-    # From places in the result to places in the source, both from -1 to 1 along each side.
-    back = torch.tensor([[[cosine, sine * ratio, 0.0], [-sine / ratio, cosine, 0.0]]])
-    grid = functional.affine_grid(back, [1, *image.shape], align_corners=False)
+    # From places in the result to places in the source, both from -1 to 1 along each side; affine_grid does the same
+    # as a product of matrices, in ten times the time.
+    along = (torch.arange(size_px) * 2 + 1) / size_px - 1
+    grid = torch.empty(1, size_px, size_px, 2)
+    grid[0, :, :, 0] = cosine * along + (sine * ratio * along)[:, None]
+    grid[0, :, :, 1] = -sine / ratio * along + (cosine * along)[:, None]
     fill = torch.tensor(FILL, dtype=torch.float32)[:, None, None]
     turned = functional.grid_sample((image - fill)[None], grid, "bilinear", "zeros", align_corners=False)[0]
     return (turned + fill).round_().clamp_(0, 255).to(torch.uint8)
