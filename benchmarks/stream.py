@@ -5,7 +5,7 @@
   ceiling   that decoder alone, on bytes in memory, eight images held at a time
 
 CPU is user + system time of the loop's process and its readers; each figure the least of alternating repeats, each in a
-fresh process, after a warm-up. Last: what a set of a million samples costs to open.
+fresh process, after a warm-up.
 
 python benchmarks/stream.py [--samples 4000] [--decoded 320] [--repeats 2] [--workers 0,1,2] [--data DIR]
 
@@ -316,70 +316,10 @@ def _can_import(name: str) -> bool:
         return False
 
 
-def million(folder: Path) -> None:
-    """Open a set whose index has a million samples; print what that costs in memory and time."""
-    from shards.index import open_set
-    from shards.plan import Plan
-
-    count = 1_000_000
-    _write_large_index(folder, count)
-    anonymous, resident = _memory_mib()
-    start_s = time.perf_counter()
-    shard_set = open_set(folder)
-    plan = Plan.of([shard_set], [1.0], 0, 64)
-    opened_s = time.perf_counter() - start_s
-    for n in range(200):
-        for slot in plan.batch_at(n):
-            shard_set.key(slot.sample)
-            shard_set.shard_name(slot.sample)
-    anonymous_after, resident_after = _memory_mib()
-    size_mib = (folder / "index.npz").stat().st_size / 2**20
-    own, mapped = anonymous_after - anonymous, resident_after - resident
-    print(
-        f"index of {count:,} samples, {size_mib:.0f} MiB: opened in {1e3 * opened_s:.0f} ms; after 12,800 random "
-        f"look-ups {own:.1f} MiB of own memory and {mapped:.1f} MiB of mapped pages more"
-    )
-
-
-def _write_large_index(folder: Path, count: int) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    per_shard = 1000
-    numbers = np.arange(count)
-    heads = np.ones(count, np.int32)
-    arrays = {
-        "shard": (numbers // per_shard).astype(np.int32),
-        "image_offset": numbers % per_shard * 80_000,
-        "image_size": np.full(count, 78_000, np.int32),
-        "json_offset": numbers % per_shard * 80_000 + 79_000,
-        "json_size": np.full(count, 600, np.int32),
-        "n_heads": heads,
-        "n_objects": heads,
-        "key": np.char.mod("photo-%07d", numbers).astype("S"),
-        "subject": heads,
-        "head_subject": heads,
-        "subjects": np.array([b"", b"s"]),
-    }
-    np.savez(folder / "index.npz", **arrays)
-    shards = [
-        {"file": f"photo-{k:06d}.tar", "samples": per_shard, "bytes": 80_010_240, "sha256": "0" * 64}
-        for k in range(count // per_shard)
-    ]
-    info = {"format": "hpe-shards-1", "counts": {"samples": count}, "shards": shards}
-    (folder / "index.json").write_text(json.dumps(info))
-
-
-def _memory_mib() -> tuple[float, float]:
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return tuple(int(status[name].split()[0]) / 1024 for name in ("RssAnon", "RssFile"))  # type: ignore[return-value]
-
-
 def main() -> None:
     if "--one" in sys.argv:
         loader, folder, mode, workers, samples = sys.argv[sys.argv.index("--one") + 1 :]
         print(json.dumps(measure(loader, Path(folder), mode, int(workers), int(samples))))
-        return
-    if "--million" in sys.argv:
-        million(Path(sys.argv[-1]))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=4000, help="raw samples of each measurement")
@@ -395,7 +335,6 @@ def main() -> None:
 
         build(Photos(5000), base / "photos", single(), 1000)
         compare(base / "photos", options)
-        subprocess.run([sys.executable, __file__, "--million", str(base / "million")], check=True)
 
 
 if __name__ == "__main__":
