@@ -24,7 +24,10 @@ T = TypeVar("T")
 MAX_PERIOD = 10_000
 _OF_BATCHES = 0xB0C4
 _WINDOWS_KEPT = 2
-_AT_ONCE = 2048
+_AT_ONCE = 2048  # samples of a share that are worked out ahead, at most
+_NEAR = 64  # batches that a reader among several may skip
+_SHARES_KEPT = 64
+_NOTHING = np.empty((4, 0), np.int64)
 
 
 class Slot(NamedTuple):
@@ -94,7 +97,7 @@ class Plan:
             raise UsageError("bucket_batches needs the number of heads of every sample")
         self._heads = heads
         self._windows: OrderedDict[int, Ints] = OrderedDict()
-        self._shares: tuple[tuple[int, int, int], Ints] = ((-1, 0, 0), np.empty((4, 0), np.int64))
+        self._shares: OrderedDict[tuple[int, int], tuple[int, Ints]] = OrderedDict()
         self.weights = mix_weights(self.ratios)
         """Draws from each set in one period."""
         self.pattern = smooth_round_robin(self.weights)
@@ -127,17 +130,24 @@ class Plan:
         return _slots(self._window(window)[:, np.array(share)])
 
     def _share(self, n: int, rank: int, size: int) -> Ints:
-        """(4, B / size) the draws of one share, worked out with those of the batches around it: numpy's calls cost
-        what hundreds of samples do.
+        """(4, B / size) the draws of one share.
+
+        Who asks for one batch after the other gets more and more of them worked out at once, as numpy's calls cost what
+        hundreds of samples do; who asks here and there pays for what is asked.
         """
         share = np.array(rank_share(range(self.batch), rank, size))
-        count = max(1, _AT_ONCE // len(share))
-        name = (n // count, rank, size)
-        if self._shares[0] != name:
-            starts = np.arange(name[0] * count, (name[0] + 1) * count) * self.batch
-            self._shares = (name, self.draws((starts[:, None] + share).ravel()))
-        place = n % count * len(share)
-        return self._shares[1][:, place : place + len(share)]
+        first, rows = self._shares.pop((rank, size), (-_NEAR, _NOTHING))
+        count = rows.shape[1] // len(share)
+        if not first <= n < first + count:
+            goes_on = 0 <= n - first - count < _NEAR
+            count = min(2 * count, max(1, _AT_ONCE // len(share))) if goes_on else 1
+            first, starts = n, np.arange(n, n + count) * self.batch
+            rows = self.draws((starts[:, None] + share).ravel())
+        self._shares[rank, size] = (first, rows)
+        if len(self._shares) > _SHARES_KEPT:
+            self._shares.popitem(last=False)
+        place = (n - first) * len(share)
+        return rows[:, place : place + len(share)]
 
     def batches(self, first: int, last: int) -> Ints:
         """(4, (last - first) · B) set, sample, epoch and position of global batches [first, last), in order."""

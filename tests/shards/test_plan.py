@@ -231,3 +231,12 @@ def test_options_that_cannot_be_meant() -> None:
         Plan([3], [1.0], 0, 1, block_shards=2)
     with pytest.raises(UsageError, match="needs the number of heads"):
         Plan([3], [1.0], 0, 1, bucket_batches=2, heads=[[1, 2]])
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 3)), min_size=1, max_size=40), st.integers(1, 5))
+@settings(max_examples=30)
+def test_shares_do_not_depend_on_what_was_asked_before(asked: list[tuple[int, int]], step: int) -> None:
+    plan = optioned(block_shards=2)
+    # Jumps of all kinds, then one reader's steady steps, which are worked out ahead.
+    for n, rank in [*asked, *((n, 1) for n in range(3, 200, step))]:
+        assert plan.share_at(n, rank, 4) == optioned(block_shards=2).share_at(n, rank, 4)
