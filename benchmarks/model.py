@@ -1,19 +1,22 @@
 """A LoRA training step of ours beside two others, in one run: answers/s, tokens/s and ratios.
 
   shared all, text   ours: k questions share their image's prefix; the adapter acts on all tokens, or on text only
-  separate           k separate sequences through our own plain call, logits at every position
-  published          k separate sequences by the published code's algorithm, written here: boolean-mask scatter to
-                     the experts in each layer, dense float masks, float32 softmax over padding, logits everywhere
+  separate           a sequence for each question through our own plain call, logits at every position
+  published          the same by the published code's algorithm, written here: boolean-mask scatter to the experts in
+                     each layer, dense float masks, float32 softmax over padding, logits everywhere
 
-python benchmarks/model.py [--tokens 257,1226] [--questions 1,4,8] [--repeats 3] [--threads 1] [--gpu]
-CPU: hidden 512 x 8 layers, vocabulary 32,000, tower 256 x 4, float32; medians of alternating repeats.
+python benchmarks/model.py [--tokens 257,1226] [--questions 1,4,8] [--repeats 5] [--threads 2] [--gpu]
+CPU: hidden 512 x 8 layers, vocabulary 32,000, tower 256 x 4, float32. A round runs every way once; what is printed are
+medians over the rounds, of seconds and of the ratios within a round. Sequences one by one cost k times one sequence.
 --gpu adds true widths in bf16, as many layers as fit.
 """
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -24,13 +27,44 @@ from cogvlm_hpe.model.configuration import CogVLMConfig
 from cogvlm_hpe.model.experts import rotate
 from cogvlm_hpe.model.layout import IGNORE, plain_positions, vision_tokens
 from cogvlm_hpe.model.modeling import CogVLMForCausalLM
+from cogvlm_hpe.train.plan import flop_counter
 
 TEXT_TOKENS, PROMPT_TOKENS = 76, 58  # a pose question with its box, and its answer, in Llama's tokens
 PADDING = 16  # what a batch of unequal questions costs the published code
 
-NAMES = ("shared all", "shared text", "separate", "published")
+OURS, OTHERS = ("shared all", "shared text"), ("separate", "published")
+# Others' seconds over ours that are asked for: tokens (None: any), questions, other, ours, ratio.
+AIMS = (
+    (None, 1, "published", "shared all", 1.3),
+    (1226, 8, "separate", "shared all", 4.0),
+    (1226, 8, "separate", "shared text", 8.0),
+)
 
 Step = Callable[[], Tensor]
+Way = tuple[str, int]
+"""What is timed: a name of OURS with its questions, or one of OTHERS with one sequence."""
+
+
+@dataclass
+class Measured:
+    """Rounds of one image size; sequences one by one were timed for one question."""
+
+    tokens: int
+    seconds: dict[Way, list[float]]
+    flops: dict[Way, int]
+
+    def ratio(self, other: str, ours: str, k: int) -> float:
+        """Seconds of k sequences over those of our step: the median over the rounds."""
+        pairs = zip(self.seconds[other, 1], self.seconds[ours, k], strict=True)
+        return statistics.median(k * theirs / mine for theirs, mine in pairs)
+
+    def flop_ratio(self, other: str, ours: str, k: int) -> float:
+        """The same if every operation took its share of time: what fewer operations alone give."""
+        return k * self.flops[other, 1] / self.flops[ours, k]
+
+    def rate(self, way: Way) -> float:
+        """FLOP/s."""
+        return self.flops[way] / statistics.median(self.seconds[way])
 
 
 def make_model(image_tokens: int, scope: str, **widths: object) -> CogVLMForCausalLM:
@@ -49,7 +83,7 @@ def make_model(image_tokens: int, scope: str, **widths: object) -> CogVLMForCaus
 
 def texts(k: int) -> tuple[Tensor, Tensor]:
     """Token ids and labels (k, TEXT_TOKENS)."""
-    ids = torch.randint(3, 30000, (k, TEXT_TOKENS), generator=torch.Generator().manual_seed(k))
+    ids = torch.randint(3, 30000, (k, TEXT_TOKENS), generator=torch.Generator().manual_seed(0))
     return ids, torch.where(torch.arange(TEXT_TOKENS) < PROMPT_TOKENS, IGNORE, ids)
 
 
@@ -60,24 +94,21 @@ def shared(model: CogVLMForCausalLM, pixels: Tensor, ids: Tensor, labels: Tensor
 
 
 def rows(model: CogVLMForCausalLM, ids: Tensor, labels: Tensor, padding: int) -> tuple[Tensor, ...]:
-    """One question as a plain row: ids, types, mask and labels."""
+    """Questions as plain rows: ids, types, mask and labels."""
     n = model.config.image_tokens + 3
-    before = F.pad(torch.ones(1, n - 1, dtype=torch.long), (1, TEXT_TOKENS + padding))
-    whole = F.pad(ids[None], (n, padding))
-    whole[0, 0] = 1
-    return (
-        whole,
-        before,
-        F.pad(torch.ones_like(ids[None]), (n, padding), value=0)
-        | (F.pad(torch.ones(1, n, dtype=torch.long), (0, TEXT_TOKENS + padding))),
-        F.pad(labels[None], (n, padding), value=IGNORE),
-    )
+    whole = F.pad(ids, (n, padding))
+    whole[:, 0] = 1
+    types = torch.zeros_like(whole)
+    types[:, 1:n] = 1
+    mask = torch.ones_like(whole)
+    mask[:, n + ids.shape[1] :] = 0
+    return whole, types, mask, F.pad(labels, (n, padding), value=IGNORE)
 
 
 def separate(model: CogVLMForCausalLM, pixels: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
-    """Our plain call; the caller sums over the questions."""
+    """Our plain call."""
     whole, types, mask, wanted = rows(model, ids, labels, 0)
-    return model(whole, types, mask, pixels, wanted).loss
+    return model(whole.to(pixels.device), types, mask, pixels, wanted.to(pixels.device)).loss
 
 
 def published(model: CogVLMForCausalLM, pixels: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
@@ -123,6 +154,34 @@ def scatter_attention(attention: object, x: Tensor, types: Tensor, rope: tuple, 
     return scatter(merged, types, attention.language_expert_dense, attention.vision_expert_dense, width)
 
 
+def check_agreement(models: dict[str, CogVLMForCausalLM], pixels: Tensor, k: int) -> None:
+    """One shared call must give the mean loss of k sequences; ends the program where it does not."""
+    every = models["all"]
+    ids, labels = texts(k)
+    with torch.no_grad():
+        together = float(shared(every, pixels, ids, labels))
+        alone = [float(separate(every, pixels, ids[[row]], labels[[row]])) for row in range(k)]
+        first = float(published(every, pixels, ids[:1], labels[:1]))
+    gap = max(abs(together - statistics.mean(alone)), abs(first - alone[0]))
+    if gap > (0.05 if pixels.is_cuda else 1e-3):
+        sys.exit(f"the ways disagree: together {together}, one by one {alone}, published {first}")
+
+
+def make_steps(
+    models: dict[str, CogVLMForCausalLM], pixels: Tensor, questions: list[int]
+) -> dict[Way, tuple[Step, CogVLMForCausalLM]]:
+    """Forward and backward of every way."""
+
+    def step(way: Callable, model: CogVLMForCausalLM, k: int) -> tuple[Step, CogVLMForCausalLM]:
+        ids, labels = texts(k)
+        return lambda: way(model, pixels, ids, labels).backward(), model
+
+    steps = {("separate", 1): step(separate, models["all"], 1), ("published", 1): step(published, models["all"], 1)}
+    for k in questions:
+        steps |= {(f"shared {scope}", k): step(shared, model, k) for scope, model in models.items()}
+    return steps
+
+
 def seconds(step: Step, model: CogVLMForCausalLM) -> float:
     """One forward and backward."""
     model.zero_grad(set_to_none=True)
@@ -135,85 +194,75 @@ def seconds(step: Step, model: CogVLMForCausalLM) -> float:
     return time.perf_counter() - start_s
 
 
-def one_by_one(way: Callable, model: CogVLMForCausalLM, pixels: Tensor, ids: Tensor, labels: Tensor) -> Step:
-    """k calls, their gradients summed."""
-
-    def step() -> Tensor:
-        total = torch.zeros(())
-        for row in range(len(ids)):
-            loss = way(model, pixels, ids[row], labels[row]) / len(ids)
-            loss.backward()
-            total = total + loss.detach().cpu()
-        return total
-
-    return step
-
-
-def together(model: CogVLMForCausalLM, pixels: Tensor, ids: Tensor, labels: Tensor) -> Step:
-    """One call."""
-
-    def step() -> Tensor:
-        loss = shared(model, pixels, ids, labels)
-        loss.backward()
-        return loss.detach().cpu()
-
-    return step
+def measure(models: dict[str, CogVLMForCausalLM], pixels: Tensor, questions: list[int], repeats: int) -> Measured:
+    """A round to warm up and count operations, then `repeats` rounds in which the ways take turns."""
+    check_agreement(models, pixels, max(questions))
+    steps = make_steps(models, pixels, questions)
+    found = Measured(models["all"].config.image_tokens + 1, {way: [] for way in steps}, {})
+    for way, (step, model) in steps.items():
+        with flop_counter() as counter:
+            seconds(step, model)
+        found.flops[way] = counter.get_total_flops()
+    for number in range(repeats):
+        start_s = time.perf_counter()
+        for way, (step, model) in steps.items():
+            found.seconds[way].append(seconds(step, model))
+        taken_s = time.perf_counter() - start_s
+        print(f"{found.tokens} tokens: round {number + 1} of {repeats}, {taken_s:.0f} s", file=sys.stderr, flush=True)
+    return found
 
 
-def compare(models: dict[str, CogVLMForCausalLM], pixels: Tensor, k: int, repeats: int) -> None:
-    """One line of the table; the losses of all ways must agree."""
-    every, text = models["all"], models["text"]
-    ids, labels = texts(k)
-    ways: dict[str, tuple[Step, CogVLMForCausalLM]] = {
-        "shared all": (together(every, pixels, ids, labels), every),
-        "shared text": (together(text, pixels, ids, labels), text),
-        "separate": (one_by_one(separate, every, pixels, ids, labels), every),
-    }
-    if k == 1:  # what it costs does not change with k
-        ways["published"] = (one_by_one(published, every, pixels, ids, labels), every)
-    losses = {name: float(step()) for name, (step, _) in ways.items()}
-    gap = max(abs(losses[name] - losses["shared all"]) for name in ways if name != "shared text")
-    assert gap < (0.05 if pixels.is_cuda else 1e-3), f"the ways disagree: {losses}"
-    taken = {name: [] for name in ways}
-    for _ in range(repeats):
-        for name, (step, model) in ways.items():
-            taken[name].append(seconds(step, model))
-    median = {name: statistics.median(values) for name, values in taken.items()}
-    n = every.config.image_tokens + 3
-    line = f"{n - 2:>6} {k:>2} "
-    for name in NAMES:
-        rate = f"{k / median[name]:.2f} ({k * (n + TEXT_TOKENS) / median[name]:.0f})" if name in median else "-"
-        line += f" {rate:>16}"
-    for other in ("separate", "published"):
-        for ours in ("shared all", "shared text"):
-            line += f" {median[other] / median[ours]:>7.2f}" if other in median else f" {'-':>7}"
-    print(line, flush=True)
-
-
-def header() -> None:
-    """What the columns are."""
-    print("answers/s (and tokens/s, a shared prefix counted for each question); ratios: others' seconds over ours")
-    names = " ".join(f"{name:>16}" for name in NAMES)
-    print(f"{'':>{10 + 17 * len(NAMES)}} {'separate over':>15} {'published over':>15}")
+def show(found: Measured, questions: list[int]) -> None:
+    """The table of one image size."""
+    print("\nanswers/s (and tokens/s, a shared prefix counted for each question); others' seconds over ours")
+    names = " ".join(f"{name:>16}" for name in (*OURS, *OTHERS))
+    print(f"{'':>{10 + 17 * 4}} {'separate over':>15} {'published over':>15}")
     print(f"{'image':>6} {'k':>2}  {names} {'all':>7} {'text':>7} {'all':>7} {'text':>7}")
+    for k in questions:
+        taken_s = {name: statistics.median(found.seconds[name, k]) / k for name in OURS}
+        taken_s |= {name: statistics.median(found.seconds[name, 1]) for name in OTHERS}
+        tokens = found.tokens + 2 + TEXT_TOKENS
+        rates = " ".join(f"{f'{1 / s:.2f} ({tokens / s:.0f})':>16}" for s in taken_s.values())
+        ratios = " ".join(f"{found.ratio(other, ours, k):>7.2f}" for other in OTHERS for ours in OURS)
+        print(f"{found.tokens:>6} {k:>2}  {rates} {ratios}", flush=True)
+
+
+def judge(found: Measured, questions: list[int]) -> None:
+    """Each aim that this image size has, whether it is met, and what limits it where it is not."""
+    for tokens, k, other, ours, aim in AIMS:
+        if tokens not in (None, found.tokens) or k not in questions:
+            continue
+        ratio, by_flops = found.ratio(other, ours, k), found.flop_ratio(other, ours, k)
+        said = f"{other} over {ours}, k = {k}, {found.tokens} tokens: {ratio:.2f}, aim {aim:.1f}"
+        print(f"{said}: {'met' if ratio >= aim else 'MISSED'}; operations alone give {by_flops:.2f}")
+        if ratio < aim:
+            print(f"  {limit(found, other, ours, k, by_flops < aim)}")
+
+
+def limit(found: Measured, other: str, ours: str, k: int, by_arithmetic: bool) -> str:
+    """One line on what keeps a ratio below its aim."""
+    if by_arithmetic:
+        prefix = (k * found.flops[ours, 1] - found.flops[ours, k]) / (k - 1) if k > 1 else found.flops[ours, 1]
+        share = prefix / found.flops[ours, k]
+        return f"limited by arithmetic: the image's prefix is {share:.0%} of the operations of our step"
+    mine, theirs = found.rate((ours, k)) / 1e9, found.rate((other, 1)) / 1e9
+    return f"limited by speed of small operations: ours does {mine:.0f} GFLOP/s, {other} {theirs:.0f}"
 
 
 def on_cpu(args: argparse.Namespace) -> None:
     """The small widths."""
     torch.set_num_threads(args.threads)
-    header()
     widths = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8}
-    for tokens in map(int, args.tokens.split(",")):
+    for tokens in args.tokens:
         models = {scope: make_model(tokens - 1, scope, **widths) for scope in ("all", "text")}
         pixels = torch.randn(1, 3, *[models["all"].config.vision_config["image_size"]] * 2)
-        for k in map(int, args.questions.split(",")):
-            compare(models, pixels, k, args.repeats)
+        found = measure(models, pixels, args.questions, args.repeats)
+        show(found, args.questions)
+        judge(found, args.questions)
 
 
 def on_gpu(args: argparse.Namespace) -> None:
     """True widths in bf16 and as many layers as fit; MFU against the matrix rate measured here."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     for _ in range(3):
         a @ a
@@ -222,9 +271,8 @@ def on_gpu(args: argparse.Namespace) -> None:
     for _ in range(20):
         a @ a
     torch.cuda.synchronize()
-    rate = 20 * 2 * 8192**3 / (time.perf_counter() - start_s)
-    print(f"{torch.cuda.get_device_name()}: bf16 matrices {rate / 1e12:.0f} TFLOP/s")
-    header()
+    peak = 20 * 2 * 8192**3 / (time.perf_counter() - start_s)
+    print(f"\n{torch.cuda.get_device_name()}: bf16 matrices {peak / 1e12:.0f} TFLOP/s")
     # A decoder layer is 0.81 GB, a vision layer 0.14 GB in bf16; two copies (scopes), and activations beside them.
     free_gb = torch.cuda.mem_get_info()[0] / 1e9
     layers = max(1, min(32, int((free_gb * 0.45 - 4) / 2 / 0.95)))
@@ -234,25 +282,27 @@ def on_gpu(args: argparse.Namespace) -> None:
         models = {scope: make_model(1225, scope, num_hidden_layers=layers, vision=vision) for scope in ("all", "text")}
         torch.set_default_dtype(torch.float32)
     pixels = torch.randn(1, 3, 490, 490, device="cuda", dtype=torch.bfloat16)
-    for k in map(int, args.questions.split(",")):
-        compare(models, pixels, k, args.repeats)
-    for scope, model in models.items():
-        step = together(model, pixels, *texts(8))
-        with FlopCounterMode(display=False) as counter:
-            step()
-        taken_s = statistics.median(seconds(step, model) for _ in range(args.repeats))
-        print(f"{layers} layers, k = 8, scope {scope}: MFU {counter.get_total_flops() / taken_s / rate:.1%}")
+    found = measure(models, pixels, args.questions, args.repeats)
+    show(found, args.questions)
+    for way in found.seconds:
+        print(f"{layers} layers, {way[0]}, k = {way[1]}: MFU {found.rate(way) / peak:.1%}")
+
+
+def numbers(text: str) -> list[int]:
+    """`1,4,8`."""
+    return [int(part) for part in text.split(",")]
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", default="257,1226", help="image tokens, boi included")
-    parser.add_argument("--questions", default="1,4,8", help="questions an image")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--tokens", type=numbers, default="257,1226", help="image tokens, boi included")
+    parser.add_argument("--questions", type=numbers, default="1,4,8", help="questions an image")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--gpu", action="store_true", help="the GPU part too")
     args = parser.parse_args()
+    args.questions = sorted({1, *args.questions})  # the aims and what limits them are told from one question
     on_cpu(args)
     if args.gpu:
         on_gpu(args)

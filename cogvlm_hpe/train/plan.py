@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from cogvlm_hpe.config import RunConfig
 from cogvlm_hpe.model.attention import causal
@@ -190,12 +191,7 @@ class _Flops:
     """FLOPs of the forward pass, and of those of its layers that the backward pass would recompute."""
 
     def __init__(self, model: CogVLMForCausalLM) -> None:
-        from torch.utils.flop_counter import FlopCounterMode
-
-        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        formulas = {flash: _attention_flops, back: _attention_backward_flops}
-        self.counter = FlopCounterMode(display=False, custom_mapping=formulas)
+        self.counter = flop_counter()
         self.forward = self.in_layers = 0
         self._at_entry = 0
         for layer in model.modules():
@@ -213,6 +209,13 @@ class _Flops:
     def _leave(self, *_: Any) -> None:
         if torch.is_grad_enabled():
             self.in_layers += self.counter.get_total_flops() - self._at_entry
+
+
+def flop_counter() -> FlopCounterMode:
+    """torch's counter, which also knows the attention kernel of CPUs."""
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return FlopCounterMode(display=False, custom_mapping={flash: _attention_flops, back: _attention_backward_flops})
 
 
 def _attention_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
