@@ -110,15 +110,11 @@ class Labelled:
 
     def sample(self, i: int) -> "Sample":
         """Sample `i` of the set with its heads labelled. Raises UserError where it cannot be read."""
-        from shards.pixels import decode_pixels
         from shards.write import Sample
 
         stored = self.given.read(i)
         known = self.given.parse(i, stored.json)
-        try:
-            pixels = decode_pixels(stored.image, stored.extension)
-        except ValueError as error:
-            raise self.given.sample_error(i, f"the {stored.extension} does not decode ({error})") from None
+        pixels = self.given.pixels(i, stored, known)
         return Sample(stored.key, stored.image, stored.extension, self.labelled(known, pixels))  # type: ignore[arg-type]
 
     def labelled(self, known: "Record", pixels: "np.ndarray") -> "Record":

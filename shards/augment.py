@@ -144,11 +144,14 @@ class Change:
 
     def finish(self, image: "torch.Tensor") -> "torch.Tensor":
         """(3, S, S) uint8, the crop squeezed to a square, to (3, S, S) uint8: turned, mirrored, coloured."""
+        coloured = (self.brightness, self.contrast, self.saturation) != (1.0, 1.0, 1.0)
+        if self.clockwise_deg or coloured:
+            image = image.contiguous()  # these two work on one colour after the other
         if self.clockwise_deg:
             image = _turned_image(image, self.clockwise_deg, self._sides())
         if self.mirrored:
             image = image.flip(-1)
-        if (self.brightness, self.contrast, self.saturation) != (1.0, 1.0, 1.0):
+        if coloured:
             image = _coloured(image, self.brightness, self.contrast, self.saturation)
         return image
 

@@ -7,7 +7,6 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from shards.index import ShardSet
-from shards.pixels import decode_pixels
 from shards.record import Record
 
 Pixels = np.ndarray
@@ -78,11 +77,8 @@ def preview(shard_set: ShardSet, count: int, out: Path) -> int:
     tiles, titles = [], []
     for i in [len(shard_set) * k // count for k in range(count)]:
         stored = shard_set.read(i)
-        try:
-            pixels = decode_pixels(stored.image, stored.extension)
-        except ValueError as error:
-            raise shard_set.sample_error(i, f"the {stored.extension} does not decode ({error})") from None
-        tiles.append(draw_record(pixels, shard_set.parse(i, stored.json)))
+        known = shard_set.parse(i, stored.json)
+        tiles.append(draw_record(shard_set.pixels(i, stored, known), known))
         titles.append(stored.key)
     out.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(contact_sheet(tiles, titles)).save(out)

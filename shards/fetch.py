@@ -2,12 +2,12 @@
 
 The processes come from a fork server that has torch loaded: forking the training process itself would copy its threads'
 locks (CUDA, NCCL, OpenMP) in whatever state they are, and a fresh interpreter for each worker costs seconds and an
-import of torch each. A worker writes its batches into a few buffers in turn, which stay mapped on both sides: fresh
+import of torch each. A worker decodes its batches into a few buffers in turn, which stay mapped on both sides: fresh
 shared pages would cost a third of what decoding does. It holds _PREFETCH + 1 batches in memory, never more.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from launcher.errors import UserError
@@ -18,28 +18,39 @@ if TYPE_CHECKING:
     from shards.stream import Item
 
 T = TypeVar("T")
-Fetch = Callable[[int], "list[Item]"]
+Room = Callable[[int], "torch.Tensor"]
+"""Gives so many bytes, a row of uint8, for all images of one batch; asked once a batch."""
+Fetch = Callable[[int, Room], "Fetched"]
 _PREFETCH = 2
 _TURN_BYTES = 8
 
 
+@dataclass(frozen=True)
+class Fetched:
+    """A batch whose images all lie in `row`, memory that its fetcher was given."""
+
+    items: "list[Item]"
+    images: "torch.Tensor | None" = None
+    """(B, 3, S, S) uint8: the items' images as one tensor, black where there is none; None where sizes may differ."""
+    row: "torch.Tensor | None" = None
+
+
 def fetch_in_order(
     fetch: Fetch, numbers: Callable[[], Iterable[int]], workers: int, pin: bool = False
-) -> "Iterator[tuple[int, list[Item]]]":
-    """Yield (n, fetch(n)) for each of numbers(), in their order; with workers > 0 they are fetched ahead in processes.
+) -> Iterator[tuple[int, Fetched]]:
+    """Yield (n, fetch(n, …)) for each of numbers(), in their order; with workers > 0 fetched ahead in processes.
 
     pin: images lie in page-locked memory where there is CUDA, so that copies to the device need not wait.
     """
-    pins = pin and _has_cuda()
+    room = _room(pin and _has_cuda())
     if workers == 0:
         for n in numbers():
-            items = fetch(n)
-            yield n, _Sent(items).items(pins) if pins else items
+            yield n, fetch(n, room)
         return
-    loader, buffers = _loader(_Fetching(fetch), numbers, workers), _Buffers()
+    loader, buffers = _loader(_Fetching(fetch), numbers, workers), _Buffers(room)
     try:
-        for n, batch in zip(numbers(), loader, strict=True):
-            yield n, batch.items(pins, buffers)
+        for n, sent in zip(numbers(), loader, strict=True):
+            yield n, sent.fetched(buffers)
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
@@ -72,6 +83,12 @@ def _has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
+def _room(pin: bool) -> Room:
+    import torch
+
+    return lambda size: torch.empty(size, dtype=torch.uint8, pin_memory=pin)
+
+
 class _Numbers(Generic[T]):
     """What a loader takes for a sampler: any iterable, here without end."""
 
@@ -92,48 +109,59 @@ class _Fetching:
     def __getitem__(self, n: int) -> "_Sent":
         # The loader would turn an exception into its traceback as text; sent as a value it stays one line.
         try:
-            return _Sent(self._fetch(n), ring=self._ring)
+            return _Sent.of(self._fetch(n, self._ring.take), self._ring)
         except UserError as error:
-            return _Sent([], error)
+            return _Sent([], error=error)
 
 
+class _Layout(NamedTuple):
+    """How a tensor lies in a row: what as_strided takes."""
+
+    shape: "torch.Size"
+    strides: tuple[int, ...]
+    start: int
+
+
+@dataclass(frozen=True)
 class _Sent:
-    """A batch on its way between processes; its images lie in a row, wherever that is."""
+    """A batch on its way between processes: its items, without images, and where these lie in a lent buffer."""
 
-    def __init__(self, items: "list[Item]", error: UserError | None = None, ring: "_Ring | None" = None) -> None:
-        self._error = error
-        self._seen = [item.image is not None for item in items]
-        images = [item.image for item in items if item.image is not None]
-        self._shapes = [image.shape for image in images]
-        self._images = (_in_a_row(images) if ring is None else ring.write(images)) if images else None
-        self._items = [replace(item, image=None) for item in items]
+    items: "list[Item]"
+    places: "list[_Layout | None]" = field(default_factory=list)
+    images: _Layout | None = None
+    lent: "_Lent | None" = None
+    error: UserError | None = None
 
-    def items(self, pin: bool = False, buffers: "_Buffers | None" = None) -> "list[Item]":
-        """The batch as it was, with images in memory of its own. Raises the UserError that fetching it raised."""
-        if self._error is not None:
-            raise self._error
-        row = self._images
-        if isinstance(row, _Lent):
-            assert buffers is not None, "a batch in shared memory needs the reader's buffers"
-            row = buffers.copy(row, pin)
-        elif row is not None and pin:
-            row = row.pin_memory()
-        parts = () if row is None else row.split([shape.numel() for shape in self._shapes])
-        images = iter([part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)])
-        return [
-            replace(item, image=next(images)) if seen else item
-            for item, seen in zip(self._items, self._seen, strict=True)
+    @staticmethod
+    def of(fetched: Fetched, ring: "_Ring") -> "_Sent":
+        """What a worker sends of a batch whose row it has taken from the ring."""
+        row = fetched.row
+        if row is None:
+            return _Sent(fetched.items)
+        places = [None if item.image is None else _layout(item.image, row) for item in fetched.items]
+        images = None if fetched.images is None else _layout(fetched.images, row)
+        return _Sent([replace(item, image=None) for item in fetched.items], places, images, ring.lend())
+
+    def fetched(self, buffers: "_Buffers") -> Fetched:
+        """The batch as it was, in memory of its own. Raises the UserError that fetching it raised."""
+        if self.error is not None:
+            raise self.error
+        if self.lent is None:
+            return Fetched(self.items)
+        row = buffers.copy(self.lent)
+        items = [
+            item if place is None else replace(item, image=row.as_strided(*place))
+            for item, place in zip(self.items, self.places, strict=True)
         ]
+        return Fetched(items, None if self.images is None else row.as_strided(*self.images), row)
 
 
-def _in_a_row(images: "list[torch.Tensor]", out: "torch.Tensor | None" = None) -> "torch.Tensor":
-    import torch
-
-    return torch.cat([image.reshape(-1) for image in images], out=out)
+def _layout(tensor: "torch.Tensor", row: "torch.Tensor") -> _Layout:
+    return _Layout(tensor.shape, tensor.stride(), tensor.storage_offset() - row.storage_offset())
 
 
 class _Lent(NamedTuple):
-    """Images in a worker's buffer: `size` values, the `turn`-th batch of that worker."""
+    """Images in a worker's buffer: `size` bytes, the `turn`-th batch of that worker."""
 
     worker: int
     turn: int
@@ -150,35 +178,42 @@ class _Ring:
     """
 
     def __init__(self) -> None:
-        self._turn = 0
+        self._turn, self._size = -1, 0
         self._buffers: list[torch.Tensor | None] = [None] * (_PREFETCH + 1)
+        self._known = [False] * (_PREFETCH + 1)
 
-    def write(self, images: "list[torch.Tensor]") -> _Lent:
-        """Put the images into the next buffer."""
+    def take(self, size: int) -> "torch.Tensor":
+        """The next buffer's bytes: a Room."""
         import torch
-        from torch.utils.data import get_worker_info
 
-        worker = get_worker_info()
-        slot, size = self._turn % len(self._buffers), sum(image.numel() for image in images)
+        self._turn, self._size = self._turn + 1, size
+        slot = self._turn % len(self._buffers)
         buffer = self._buffers[slot]
-        fresh = buffer is None or buffer.numel() < _TURN_BYTES + size
-        if buffer is None or fresh:
+        if buffer is None or buffer.numel() < _TURN_BYTES + size:
             buffer = torch.empty(0, dtype=torch.uint8)
             buffer.set_(torch.UntypedStorage._new_shared(_TURN_BYTES + size))
-            self._buffers[slot] = buffer
+            self._buffers[slot], self._known[slot] = buffer, False
         buffer[:_TURN_BYTES].view(torch.int64)[0] = self._turn
-        _in_a_row(images, out=buffer[_TURN_BYTES : _TURN_BYTES + size])
-        self._turn += 1
-        return _Lent(0 if worker is None else worker.id, self._turn - 1, size, buffer if fresh else None)
+        return buffer[_TURN_BYTES : _TURN_BYTES + size]
+
+    def lend(self) -> _Lent:
+        """What tells the loop where the bytes taken last are."""
+        from torch.utils.data import get_worker_info
+
+        worker, slot = get_worker_info(), self._turn % len(self._buffers)
+        fresh = None if self._known[slot] else self._buffers[slot]
+        self._known[slot] = True
+        return _Lent(0 if worker is None else worker.id, self._turn, self._size, fresh)
 
 
 class _Buffers:
     """The loop's side of all workers' rings."""
 
-    def __init__(self) -> None:
+    def __init__(self, room: Room) -> None:
+        self._room = room
         self._buffers: dict[tuple[int, int], torch.Tensor] = {}
 
-    def copy(self, lent: _Lent, pin: bool) -> "torch.Tensor":
+    def copy(self, lent: _Lent) -> "torch.Tensor":
         """The images in memory of our own."""
         import torch
 
@@ -186,8 +221,7 @@ class _Buffers:
         if lent.buffer is not None:
             self._buffers[name] = lent.buffer
         buffer = self._buffers[name]
-        row = torch.empty(lent.size, dtype=torch.uint8, pin_memory=pin)
-        row.copy_(buffer[_TURN_BYTES : _TURN_BYTES + lent.size])
+        row = self._room(lent.size).copy_(buffer[_TURN_BYTES : _TURN_BYTES + lent.size])
         turn = int(buffer[:_TURN_BYTES].view(torch.int64)[0])
         assert turn == lent.turn, f"a reader has written batch {turn} over batch {lent.turn} before it was copied"
         return row

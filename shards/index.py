@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from launcher.errors import UserError
 from shards.cache import Cache
+from shards.pixels import Scratch, SizeError, decode_pixels
 from shards.record import Record, RecordError, from_json
 from shards.remote import Remote, as_url
 
@@ -130,17 +131,16 @@ class ShardSet:
         """Sample i. Raises SampleError where its bytes are missing or not its own, UserError where the tar is."""
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of {len(self)}")
-        image_at, image_size, json_at, json_size = [at(i) for at in self._spans_at]
+        image_at, image_size, json_at, json_size = (at(i) for at in self._spans_at)
+        end = self._tar_bytes(i)
         # Before memory is given for it: a damaged index may ask for anything.
-        sound = min(image_at, json_at) >= HEADER and min(image_size, json_size) >= 0
-        if not sound or max(image_at + image_size, json_at + json_size) > self._tar_bytes(i):
+        if not (HEADER <= image_at <= image_at + image_size <= end >= json_at + json_size >= json_at >= HEADER):
             raise self.sample_error(i, "the index puts it outside the tar")
         # Read apart, so that the image need not be copied out of a larger piece.
         spans = ((image_at - HEADER, _NAME), (image_at, image_size), (json_at - HEADER, HEADER + json_size))
         named, image, rest = self._pread(i, spans)
         if len(image) < image_size or len(rest) < HEADER + json_size:
-            end = self._tar_end(i)
-            last = max(image_at + image_size, json_at + json_size)
+            end, last = self._tar_end(i), max(image_at + image_size, json_at + json_size)
             raise self.sample_error(i, f"the tar ends at byte {end}, the sample at byte {last}")
         key = self._key_at(i)
         if named.startswith(key + b".jpg\0"):
@@ -163,6 +163,18 @@ class ShardSet:
             return from_json(text)
         except RecordError as error:
             raise self.sample_error(i, str(error)) from None
+
+    def pixels(self, i: int, stored: Stored, known: Record, scratch: Scratch | None = None) -> NDArray[np.uint8]:
+        """(H, W, 3) RGB of sample i, in `scratch` if it is given.
+
+        Raises SampleError where it does not decode, or is not of the size that its record says.
+        """
+        try:
+            return decode_pixels(stored.image, stored.extension, (known.image.width, known.image.height), scratch)
+        except SizeError as error:
+            raise self.sample_error(i, str(error)) from None
+        except ValueError as error:
+            raise self.sample_error(i, f"the {stored.extension} does not decode ({error})") from None
 
     def sample_error(self, i: int, what: str) -> SampleError:
         """The error for sample i: shard, key, what is wrong, and what to do."""

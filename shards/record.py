@@ -15,6 +15,8 @@ CONVENTION = "hpe-v1"
 _POSE_TOLERANCE_DEG = 0.1
 _POSE_TOLERANCE = math.sqrt(8.0) * math.sin(math.radians(_POSE_TOLERANCE_DEG) / 2.0)  # as a distance of matrices
 _ORTHONORMAL = 1e-4
+_SURELY_ROTATION = 0.4 * _ORTHONORMAL
+"""So near to a rotation, R + E has (R + E)(R + E)ᵀ - I = REᵀ + ERᵀ + EEᵀ, of which no entry reaches _ORTHONORMAL."""
 _LONGEST_SIDE_PX = 1_000_000
 _LEAST_SIDE_PX = 1e-3
 _LIMITS_DEG = {"yaw": 180.0, "pitch": 90.0, "roll": 180.0}
@@ -186,10 +188,12 @@ def _rotation(name: str, value: list[Any] | None, triple: dict[str, float] | Non
         for angle, limit in _LIMITS_DEG.items():
             if not abs(triple[angle]) <= limit:
                 raise RecordError(f"{name}: {angle} {triple[angle]} deg is outside [-{limit:g}, {limit:g}]")
-    if not _is_rotation(rotation):
-        raise RecordError(f"{name}: rotation {value} is not a rotation matrix (orthonormal, det +1)")
     meant = _rotation_from_pose(math.radians(yaw), math.radians(pitch), math.radians(roll))
     distance = math.dist(meant, rotation)
+    if distance <= _SURELY_ROTATION:
+        return rotation
+    if not _is_rotation(rotation):
+        raise RecordError(f"{name}: rotation {value} is not a rotation matrix (orthonormal, det +1)")
     if distance > _POSE_TOLERANCE:
         # As in pose.geodesic_deg: 2·asin(|A - B|_F / (2·√2)).
         gap_deg = math.degrees(2.0 * math.asin(min(distance / math.sqrt(8.0), 1.0)))

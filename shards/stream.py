@@ -5,7 +5,7 @@ which samples are in it or in which order they come. The whole state of a stream
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -14,9 +14,9 @@ import numpy as np
 from launcher.errors import UsageError, UserError
 from shards.ahead import Ahead, check_caches
 from shards.augment import Augment, Change
-from shards.fetch import fetch_in_order
+from shards.fetch import Fetched, Room, fetch_in_order
 from shards.index import SampleError, ShardSet
-from shards.pixels import SizeError
+from shards.pixels import Scratch
 from shards.pixels import decode_image as decode_image
 from shards.pixels import decode_pixels as decode_pixels
 from shards.pixels import resize as resize
@@ -55,10 +55,13 @@ class Batch(tuple[int, list[Item]]):
 
     state: dict[str, Any]
     """What a run that has taken this batch needs to go on after it, on any number of ranks and workers."""
+    images: "torch.Tensor | None"
+    """(B, 3, S, S) uint8: all images as one tensor, holes black, no copy of the items'; None unless all are of side S.
+    The colours of a pixel lie side by side."""
 
-    def __new__(cls, n: int, items: list[Item], state: dict[str, Any]) -> "Batch":
-        batch = super().__new__(cls, (n, items))
-        batch.state = state
+    def __new__(cls, n: int, fetched: Fetched, state: dict[str, Any]) -> "Batch":
+        batch = super().__new__(cls, (n, fetched.items))
+        batch.state, batch.images = state, fetched.images
         return batch
 
 
@@ -100,13 +103,13 @@ class Stream:
 
     def __iter__(self) -> Iterator[Batch]:
         bad_in_a_row = 0
-        for n, items in fetch_in_order(self._fetch, lambda: count(self._start), self._workers, self._pin):
-            for item in items:
+        for n, fetched in fetch_in_order(self._fetch, lambda: count(self._start), self._workers, self._pin):
+            for item in fetched.items:
                 bad_in_a_row = bad_in_a_row + 1 if item.record is None else 0
                 self.skipped += item.record is None
                 if bad_in_a_row >= MOST_BAD_IN_A_ROW:
                     raise UserError(f"{bad_in_a_row} bad samples in a row are not skipped; the last: {item.problem}")
-            yield Batch(n, items, self._plan.state(n + 1))
+            yield Batch(n, fetched, self._plan.state(n + 1))
 
 
 def read_all(
@@ -130,7 +133,7 @@ def read_all(
     batches = consecutive_batches(len(order), batch)
     fetch = _EvaluationBatch(Reader([shard_set], image_size, on_bad_sample), order, batches)
     dealt = range(len(batches)) if only is None else only
-    return fetch_in_order(fetch, lambda: dealt[rank::size], workers)
+    return ((b, fetched.items) for b, fetched in fetch_in_order(fetch, lambda: dealt[rank::size], workers))
 
 
 class Reader:
@@ -139,9 +142,27 @@ class Reader:
     def __init__(self, sets: list[ShardSet], image_size: "int | View | None", on_bad_sample: OnBadSample) -> None:
         self.sets, self._image_size = sets, image_size
         self._skips = on_bad_sample == "skip"
+        # A view may give back the pixels themselves.
+        self._scratch = Scratch() if isinstance(image_size, int) else None
 
-    def item(self, slot: Slot, augment: Augment, seed: int) -> Item:
-        """The sample of `slot`. Raises UserError where it is bad and bad samples are not skipped."""
+    def batch(self, slots: Sequence[Slot], augment: Augment, seed: int, room: Room) -> Fetched:
+        """The samples of `slots`, their images in one row of memory. Raises UserError as item() does."""
+        if not isinstance(self._image_size, int):
+            return gathered([self.item(slot, augment, seed) for slot in slots], room)
+        count, size_px = len(slots), self._image_size
+        row = room(count * size_px * size_px * 3)
+        images = row.view(count, size_px, size_px, 3).permute(0, 3, 1, 2)
+        items = [self.item(slot, augment, seed, images[k]) for k, slot in enumerate(slots)]
+        for image, item in zip(images, items, strict=True):
+            if item.image is None:
+                image.zero_()
+        return Fetched(items, images, row)
+
+    def item(self, slot: Slot, augment: Augment, seed: int, out: "torch.Tensor | None" = None) -> Item:
+        """The sample of `slot`, its image in `out` if that is given: (3, S, S), best with a pixel's colours together.
+
+        Raises UserError where it is bad and bad samples are not skipped.
+        """
         shard_set = self.sets[slot.set]
         try:
             stored = shard_set.read(slot.sample)
@@ -149,7 +170,8 @@ class Reader:
             change = None if augment is _AS_STORED else augment.at(seed, slot.position, known)
             image = None
             if self._image_size is not None:
-                image = self._image(shard_set, slot.sample, stored.image, stored.extension, known, change)
+                pixels = shard_set.pixels(slot.sample, stored, known, self._scratch)
+                image = self._image(pixels, known, change, out)
         except SampleError as error:
             if not self._skips:
                 raise
@@ -159,18 +181,29 @@ class Reader:
         return Item(slot, stored.key, image, change.record(known), change.mirrored)
 
     def _image(
-        self, shard_set: ShardSet, i: int, data: bytes, extension: str, known: Record, change: Change | None
+        self, pixels: np.ndarray, known: Record, change: Change | None, out: "torch.Tensor | None"
     ) -> "torch.Tensor":
-        try:
-            pixels = decode_pixels(data, extension, (known.image.width, known.image.height))
-        except SizeError as error:
-            raise shard_set.sample_error(i, str(error)) from None
-        except ValueError as error:
-            raise shard_set.sample_error(i, f"the {extension} does not decode ({error})") from None
-        if callable(self._image_size):
+        if not isinstance(self._image_size, int):
+            assert self._image_size is not None, "no image is wanted"
             return self._image_size(pixels, known)
-        size_px = self._image_size or len(pixels)
-        return resize(pixels, size_px) if change is None else change.finish(resize(change.cut(pixels), size_px))
+        if change is None:
+            return resize(pixels, self._image_size, out)
+        image = change.finish(resize(change.cut(pixels), self._image_size, out))
+        return image if out is None else out.copy_(image)
+
+
+def gathered(items: list[Item], room: Room) -> Fetched:
+    """The items with their images, of whatever sizes, in one row of memory."""
+    if all(item.image is None for item in items):
+        return Fetched(items)
+    sizes = [0 if item.image is None else item.image.numel() for item in items]
+    row = room(sum(sizes))
+    places = zip(items, row.split(sizes), strict=True)
+    return Fetched([_moved(item, place) for item, place in places], row=row)
+
+
+def _moved(item: Item, place: "torch.Tensor") -> Item:
+    return item if item.image is None else replace(item, image=place.view(item.image.shape).copy_(item.image))
 
 
 class _PlannedBatch:
@@ -180,11 +213,11 @@ class _PlannedBatch:
         self._asked = 0
         self._ahead = Ahead() if any(shard_set.remote for shard_set in reader.sets) else None
 
-    def __call__(self, n: int) -> list[Item]:
+    def __call__(self, n: int, room: Room) -> Fetched:
         if self._ahead is not None:
             self._ahead.want(self._shards_until(n + AHEAD_BATCHES))
         share = self._plan.share_at(n, self._rank, self._size)
-        return [self._reader.item(slot, self._augment, self._plan.seed) for slot in share]
+        return self._reader.batch(share, self._augment, self._plan.seed, room)
 
     def _shards_until(self, n: int) -> Iterator[tuple[ShardSet, int]]:
         """Remote shards that this rank's batches need up to batch n, from where the last call ended."""
@@ -208,7 +241,6 @@ class _EvaluationBatch:
     def __init__(self, reader: Reader, order: np.ndarray, batches: list[range]) -> None:
         self._reader, self._order, self._batches = reader, order, batches
 
-    def __call__(self, b: int) -> list[Item]:
-        return [
-            self._reader.item(Slot(0, int(self._order[place]), 0, place), _AS_STORED, 0) for place in self._batches[b]
-        ]
+    def __call__(self, b: int, room: Room) -> Fetched:
+        slots = [Slot(0, int(self._order[place]), 0, place) for place in self._batches[b]]
+        return self._reader.batch(slots, _AS_STORED, 0, room)

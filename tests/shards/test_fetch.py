@@ -1,6 +1,7 @@
 """Batches through worker processes: what arrives is what was fetched, of any size, and stays so while it is held."""
 
 import itertools
+import pickle
 import time
 from collections.abc import Iterator
 
@@ -8,9 +9,9 @@ import pytest
 import torch
 
 from launcher.errors import UserError
-from shards.fetch import _Buffers, _Ring, _Sent, fetch_in_order
+from shards.fetch import Fetched, Room, _Buffers, _Lent, _Ring, _Sent, fetch_in_order
 from shards.plan import Slot
-from shards.stream import Item
+from shards.stream import Item, gathered
 
 
 def image(n: int, k: int) -> torch.Tensor:
@@ -19,15 +20,20 @@ def image(n: int, k: int) -> torch.Tensor:
     return torch.arange(3 * side * side, dtype=torch.int64).mul(n + 1).add(k).to(torch.uint8).reshape(3, side, side)
 
 
-def fetch(n: int) -> list[Item]:
+def items_of(n: int) -> list[Item]:
     """Batch n of n mod 5 images; every third place is a hole."""
     places = range(n % 5 + n // 20)
     return [Item(Slot(0, k, 0, k), f"{n}-{k}", None if k % 3 == 2 else image(n, k), None) for k in places]
 
 
+def fetch(n: int, room: Room) -> Fetched:
+    """Batch n in memory of `room`."""
+    return gathered(items_of(n), room)
+
+
 def check(n: int, items: list[Item]) -> None:
-    assert [item.key for item in items] == [item.key for item in fetch(n)]
-    for item, expected in zip(items, fetch(n), strict=True):
+    assert [item.key for item in items] == [item.key for item in items_of(n)]
+    for item, expected in zip(items, items_of(n), strict=True):
         if expected.image is None:
             assert item.image is None
         else:
@@ -38,9 +44,9 @@ def check(n: int, items: list[Item]) -> None:
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_batches_arrive_whole_and_are_not_written_over_while_they_are_held(workers: int) -> None:
     held: list[tuple[int, list[Item]]] = []
-    for n, items in fetch_in_order(fetch, lambda: iter(range(60)), workers):
-        check(n, items)
-        held.append((n, items))
+    for n, fetched in fetch_in_order(fetch, lambda: iter(range(60)), workers):
+        check(n, fetched.items)
+        held.append((n, fetched.items))
         if n % 11 == 0:
             time.sleep(0.05)  # readers get as far ahead as they may
     assert [n for n, _ in held] == list(range(60))
@@ -48,30 +54,54 @@ def test_batches_arrive_whole_and_are_not_written_over_while_they_are_held(worke
         check(n, items)
 
 
+def bytes_of(size: int) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.uint8)
+
+
+def lend(ring: _Ring, values: list[int]) -> _Lent:
+    """What a worker does: take room, fill it, lend it."""
+    ring.take(len(values)).copy_(torch.tensor(values))
+    return ring.lend()
+
+
 def test_a_buffer_that_is_written_again_too_early_is_noticed() -> None:
-    ring, buffers = _Ring(), _Buffers()
-    lent = [ring.write([image(n, 0)]) for n in range(3)]
+    ring, buffers = _Ring(), _Buffers(bytes_of)
+    lent = [lend(ring, [n] * 9) for n in range(3)]
     for n in range(3):
-        assert torch.equal(buffers.copy(lent[n], pin=False), image(n, 0).reshape(-1))
-    first, *_ = [ring.write([image(n, 0)]) for n in range(3, 7)]
+        assert buffers.copy(lent[n]).tolist() == [n] * 9
+    first, *_ = [lend(ring, [n] * 9) for n in range(3, 7)]
     with pytest.raises(AssertionError, match="written batch 6 over batch 3"):
-        buffers.copy(first, pin=False)
+        buffers.copy(first)
 
 
 def test_buffers_are_used_again_and_grow_when_they_must() -> None:
-    ring, buffers = _Ring(), _Buffers()
-    large, small = [torch.ones(50, dtype=torch.uint8)], [torch.zeros(7, dtype=torch.uint8)]
+    ring, buffers = _Ring(), _Buffers(bytes_of)
+    large, small = [1] * 50, [0] * 7
     fresh = []
-    for images in (small, small, small, large, small, small, large, small):
-        lent = ring.write(images)
+    for values in (small, small, small, large, small, small, large, small):
+        lent = lend(ring, values)
         fresh.append(lent.buffer is not None)
-        assert torch.equal(buffers.copy(lent, pin=False), images[0])
+        assert buffers.copy(lent).tolist() == values
     assert fresh == [True, True, True, True, False, False, False, False]
+
+
+def test_images_keep_how_they_lie_on_their_way() -> None:
+    """Colours side by side on one end, so on the other; the batch as one tensor is the same memory, not a copy."""
+    ring, buffers = _Ring(), _Buffers(bytes_of)
+    row = ring.take(2 * 5 * 5 * 3)
+    images = row.view(2, 5, 5, 3).permute(0, 3, 1, 2).copy_(torch.arange(150).view(2, 3, 5, 5))
+    items = [Item(Slot(0, k, 0, k), f"{k}", images[k], None) for k in range(2)]
+    sent = pickle.loads(pickle.dumps(_Sent.of(Fetched(items, images, row), ring)))
+    assert all(item.image is None for item in sent.items)
+    there = sent.fetched(buffers)
+    assert there.images is not None and torch.equal(there.images, images) and there.images.stride() == images.stride()
+    ring.take(150).zero_()
+    assert [item.image.data_ptr() for item in there.items] == [image.data_ptr() for image in there.images]  # type: ignore[union-attr]
 
 
 def test_errors_travel_as_values() -> None:
     with pytest.raises(UserError, match="shard 3 is gone"):
-        _Sent([], UserError("shard 3 is gone")).items()
+        _Sent([], error=UserError("shard 3 is gone")).fetched(_Buffers(bytes_of))
 
 
 @pytest.mark.slow
@@ -82,16 +112,16 @@ def test_a_reader_that_dies_is_said_in_one_line() -> None:
     assert "\n" not in str(caught.value)
 
 
-def dies(n: int) -> list[Item]:
+def dies(n: int, room: Room) -> Fetched:
     """The third batch kills its process, as running out of memory does."""
     import os
     import signal
 
     if n == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-    return fetch(n)
+    return fetch(n, room)
 
 
 def test_no_workers_fetch_in_this_process() -> None:
     numbers: Iterator[int] = iter([3, 1, 2])
-    assert [n for n, items in fetch_in_order(fetch, lambda: numbers, 0) if not check(n, items)] == [3, 1, 2]
+    assert [n for n, found in fetch_in_order(fetch, lambda: numbers, 0) if not check(n, found.items)] == [3, 1, 2]

@@ -63,8 +63,10 @@ def test_workers_change_nothing(sets: list[ShardSet], workers: int) -> None:
     plan = plan_of(sets)
     here = list(islice(Stream(sets, plan, 1, 2, 24, start=3, augment=Augment(flip=True)), 5))
     there = list(islice(Stream(sets, plan, 1, 2, 24, start=3, augment=Augment(flip=True), workers=workers), 5))
-    for (n, items), (m, others) in zip(here, there, strict=True):
+    for one, other_one in zip(here, there, strict=True):
+        (n, items), (m, others) = one, other_one
         assert n == m and keys(items) == keys(others)
+        assert one.images is not None and other_one.images is not None and torch.equal(one.images, other_one.images)
         for item, other in zip(items, others, strict=True):
             assert item.image is not None and other.image is not None and item.record is not None
             assert torch.equal(item.image, other.image)
@@ -175,7 +177,11 @@ def test_skipped_samples_leave_holes_that_are_counted_and_never_filled(sets: lis
     spoil(sets[0], 9, b'"visible":1.0', b'"visible":9.0')
     stream = Stream(sets, plan_of(sets), 0, 1, 24, on_bad_sample="skip")
     holes = 0
-    for items, (_, found) in zip(whole, islice(stream, 6), strict=True):
+    for items, batch in zip(whole, islice(stream, 6), strict=True):
+        _, found = batch
+        assert batch.images is not None and batch.images.shape == (8, 3, 24, 24)
+        for image, item in zip(batch.images, found, strict=True):
+            assert not image.any() if item.image is None else image.data_ptr() == item.image.data_ptr()
         assert [item.slot for item in items] == [item.slot for item in found]
         assert keys(items) == keys(found)
         for item in found:
