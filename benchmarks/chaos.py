@@ -42,8 +42,8 @@ def make_config(folder: Path, kills: int) -> Path:
 
 
 def start(config: Path, run_dir: Path, nproc: int) -> subprocess.Popen[bytes]:
-    """The run through the launcher that users take."""
-    words = ["train", str(config), "--nproc", str(nproc), "--run-dir", str(run_dir), "--resume"]
+    """The run through the launcher that users take, which here must not start it again by itself."""
+    words = ["train", str(config), "--nproc", str(nproc), "--run-dir", str(run_dir), "--resume", "--max-restarts", "0"]
     with (run_dir.parent / f"{run_dir.name}.log").open("ab") as log:
         return subprocess.Popen([sys.executable, "-m", "launcher", *words], stdout=log, stderr=log)
 

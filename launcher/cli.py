@@ -2,23 +2,28 @@
 
 import argparse
 import os
+import shlex
 import socket
 import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launcher import command, world
 from launcher.command import Command
 from launcher.errors import UsageError, run_main
 
+if TYPE_CHECKING:
+    from launcher.supervise import Supervisor
+
 PROGRAM = "hpe-launch"
 _HELP = """\
 Starts the project's programs on many ranks: inside a Slurm allocation with srun; elsewhere training with the
-DeepSpeed launcher, evaluation and shard building with mpirun."""
+DeepSpeed launcher, evaluation and shard building with mpirun. The variable HPE_SRUN holds more options for srun."""
 _COMMANDS = {
-    "train": "training: config keys in the form --train.lr 1e-4, and --resume, are passed on",
+    "train": "training: config keys in the form --train.lr 1e-4, --resume and --skip-preflight are passed on",
     "preflight": "whether a training run would go well, on the ranks that would train; --deep takes two real steps",
     "evaluate": "evaluation: every option it does not know is passed on to `cogvlm-hpe evaluate`",
     "shards": "shard work: every word it does not know is passed on to `hpe-shards` (build, verify, …)",
@@ -27,7 +32,8 @@ _COMMANDS = {
     "tensorboard": "TensorBoard on run folders, here or, inside a Slurm job, with the tunnel to type",
 }
 _ON_TRAINING_RANKS = ("train", "preflight")
-_TRAIN_FLAGS = {"--resume", "--allow-change", "--print_config"}
+_TRAIN_FLAGS = {"--resume", "--allow-change", "--skip-preflight", "--print_config"}
+_RESTARTS = 3
 
 
 @dataclass(frozen=True)
@@ -40,10 +46,11 @@ class Place:
 
     @classmethod
     def here(cls) -> "Place":
-        """Looks at this machine. Raises UsageError inside a task of srun, which would start ranks of ranks."""
+        """Looks at this machine. Raises UsageError where it is one of many ranks, each of which would start ranks."""
+        if (world.promised_size() or 1) > 1:
+            starter = "srun" if world.discover().kind == "slurm" else "mpirun"
+            raise UsageError(f"{PROGRAM} under {starter}: it starts the ranks itself; run it once, without {starter}")
         slurm = {name: value for name, value in os.environ.items() if name.startswith("SLURM_")}
-        if slurm and int(slurm.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-            raise UsageError(f"{PROGRAM} under srun: it starts the ranks itself; run it once, without srun")
         cpus = len(os.sched_getaffinity(0))
         return cls(cpus, command.gpu_count(), slurm if "SLURM_JOB_ID" in slurm else None)
 
@@ -65,17 +72,38 @@ def _main(argv: list[str]) -> int:
         return _status(arguments, rest)
     if arguments.command == "tensorboard":
         return _tensorboard(arguments, rest)
-    started = build(arguments, rest, Place.here())
+    place = Place.here()
+    started = build(arguments, rest, place)
     if arguments.dry_run:
         print(started.text())
         return 0
-    if arguments.command in _ON_TRAINING_RANKS and "--print_config" not in rest:
-        code = _check(arguments, rest)
-        if code:
-            return code
     from launcher import supervise
 
-    return supervise.run(started, graceful=arguments.command == "train")
+    with supervise.Supervisor(graceful=arguments.command == "train") as supervisor:
+        if arguments.command in _ON_TRAINING_RANKS and "--print_config" not in rest:
+            code = _check(arguments, rest)
+            if code:
+                return code
+            if arguments.command == "train":
+                return _train(arguments, rest, place, started, supervisor)
+        return supervisor.run(started)
+
+
+def _train(
+    arguments: argparse.Namespace, rest: list[str], place: Place, started: Command, supervisor: "Supervisor"
+) -> int:
+    """Run the training to its end, over crashes. A start after one takes a port that is free by then."""
+    import yaml
+
+    from launcher import status
+
+    run_dir = arguments.run_dir or yaml.safe_load(Path(arguments.config).read_text(encoding="utf-8"))["run_dir"]
+    again = [*rest, *(["--resume"] if "--resume" not in rest else [])]
+    return supervisor.run_again(
+        lambda resume: build(arguments, again, place) if resume else started,
+        lambda: status.progress(Path(run_dir)),
+        arguments.max_restarts,
+    )
 
 
 def _check(arguments: argparse.Namespace, rest: list[str]) -> int:
@@ -97,6 +125,9 @@ def _parser() -> argparse.ArgumentParser:
         if name in _ON_TRAINING_RANKS:
             one.add_argument("config", metavar="FILE", help="the YAML file of the stage")
             one.add_argument("--run-dir", metavar="DIR", help="where the run goes (default: run_dir of FILE)")
+        if name == "train":
+            text = "how often to start a crashed run again, from its last checkpoint (default: %(default)s)"
+            one.add_argument("--max-restarts", type=int, default=_RESTARTS, metavar="N", help=text)
         if name == "preflight":
             one.add_argument("--deep", action="store_true", help="two real steps and a checkpoint as well")
             one.add_argument("--gpu-memory", metavar="GB", help="of one GPU (default: what is free)")
@@ -229,8 +260,16 @@ def _with_srun(
         env=env | {"MASTER_ADDR": head, "MASTER_PORT": os.environ.get("MASTER_PORT") or str(port)},
         mpi="none" if arguments.command in _ON_TRAINING_RANKS else arguments.mpi,
         cpus_per_task=int(cpus) if cpus else None,
+        options=_srun_options(os.environ.get("HPE_SRUN", "")),
         program=command.find_program("srun", "inside a Slurm job it must be on PATH"),
     )
+
+
+def _srun_options(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UsageError(f"HPE_SRUN={text}: not words of a shell ({error}); mend it in slurm/site.conf") from None
 
 
 def _address(node: str) -> str:

@@ -14,9 +14,11 @@ import numpy as np
 
 from launcher import errors
 from launcher.errors import UserError
+from launcher.machine import check_reachable
 from launcher.world import World, discover, export, promised_size
 
 if TYPE_CHECKING:
+    import torch
     from mpi4py import MPI
 
 Number = TypeVar("Number", int, float, np.ndarray)
@@ -66,6 +68,13 @@ class Comm:
         """
         return 0.0
 
+    def time_exchange(self, partner: int | None, n_bytes: int) -> float:
+        """All ranks. Seconds in which this rank and `partner` give each other so many bytes: best of three.
+
+        None: this rank has no partner and looks on. Raises UserError where two cannot talk.
+        """
+        return 0.0
+
     def _reduce(self, array: np.ndarray, operation: str) -> np.ndarray:
         return array
 
@@ -110,6 +119,7 @@ def from_torch(world: World, timeout_s: float = 1800.0) -> Comm:
 
     os.environ.update(export(world))
     if not distributed.is_initialized():
+        check_reachable(world)
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(world.local_rank % torch.cuda.device_count())
@@ -181,24 +191,46 @@ class _Torch(Comm):
         return store.get(key).decode() if store.check([key]) else None
 
     def time_sum(self, n_bytes: int) -> float:
-        import torch
         from torch import distributed
 
-        device, taken_s = "cuda" if torch.cuda.is_available() else "cpu", []
+        tensor = self._probe(n_bytes)
+        return self.max(self._time("a sum over ranks", lambda: distributed.all_reduce(tensor), tensor))
+
+    def time_exchange(self, partner: int | None, n_bytes: int) -> float:
+        from torch import distributed
+
+        there, back = self._probe(n_bytes), self._probe(n_bytes)
+
+        def swap() -> None:
+            if partner is not None:
+                ways = [(distributed.isend, there), (distributed.irecv, back)]
+                work = [distributed.P2POp(operation, tensor, partner) for operation, tensor in ways]
+                for request in distributed.batch_isend_irecv(work):
+                    request.wait()
+
+        return self._time(f"an exchange with rank {partner}", swap, back)
+
+    def _probe(self, n_bytes: int) -> "torch.Tensor":
+        import torch
+
+        return torch.zeros(n_bytes // 4, device="cuda" if torch.cuda.is_available() else "cpu")
+
+    def _time(self, what: str, work: Callable[[], object], written: "torch.Tensor") -> float:
+        """All ranks. Seconds of `work`, begun together, until `written` holds its result."""
+        taken_s = []
         try:
-            tensor = torch.zeros(n_bytes // 4, device=device)
             for _ in range(4):  # the first one makes the connections
                 self.barrier()
                 start_s = time.monotonic()
-                distributed.all_reduce(tensor)
-                tensor[:1].tolist()  # waits for the device
+                work()
+                written[:1].tolist()  # waits for the device
                 taken_s.append(time.monotonic() - start_s)
         except RuntimeError as error:
             raise UserError(
-                f"rank {self.rank}: a sum over ranks failed ({str(error).splitlines()[0]}); check the network and "
+                f"rank {self.rank}: {what} failed ({str(error).splitlines()[0]}); check the network and "
                 "NCCL_SOCKET_IFNAME, NCCL_DEBUG=INFO says more"
             ) from None
-        return self.max(min(taken_s[1:]))
+        return min(taken_s[1:])
 
     def _store(self) -> Any:
         from torch.distributed import distributed_c10d

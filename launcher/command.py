@@ -107,16 +107,18 @@ def srun(
     env: dict[str, str],
     mpi: str = "none",
     cpus_per_task: int | None = None,
+    options: Sequence[str] = (),
     program: str = "srun",
 ) -> Command:
     """`ranks` tasks of `arguments` on `nodes` nodes of the Slurm allocation; `mpi` is "none", "pmi2" or "pmix".
 
-    One task that fails ends all: without that, the others would wait for it until the time limit.
+    One task that fails ends all: without that, the others would wait for it until the time limit. `options` are more
+    of srun's own, such as a container to run the tasks in.
     """
     argv = [program, "--nodes", str(nodes), "--ntasks", str(ranks), f"--mpi={mpi}", "--kill-on-bad-exit=1"]
     if cpus_per_task:  # since Slurm 22.05 a step does not inherit it from the job
         argv += [f"--cpus-per-task={cpus_per_task}"]
-    return Command([*argv, *arguments], threads_env(threads) | env)
+    return Command([*argv, *options, *arguments], threads_env(threads) | env)
 
 
 def hosts(hostfile: str) -> list[str]:

@@ -1,6 +1,7 @@
 """What this machine and its scheduler say of themselves: the network's interface, and when the time is up."""
 
 import fcntl
+import math
 import os
 import socket
 import struct
@@ -10,6 +11,8 @@ from collections.abc import Mapping
 from datetime import datetime
 
 from launcher.errors import UserError
+from launcher.progress import clock
+from launcher.world import World
 
 _SIOCGIFADDR = 0x8915  # ioctl: IPv4 address of an interface
 _NAMES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
@@ -33,10 +36,11 @@ def interface(env: Mapping[str, str] = os.environ) -> str:
     return named or _interface_of(_own_address(), have)
 
 
-def check_reachable(world_spans_hosts: bool, env: Mapping[str, str] = os.environ) -> None:
+def check_reachable(world: World, env: Mapping[str, str] = os.environ) -> None:
     """Raise UserError where other machines are told to find this one at its loopback address."""
+    elsewhere = world.size > world.local_size and not world.master_addr.startswith(("127.", "localhost"))
     named = any(env.get(variable) for variable in _NAMES)
-    if world_spans_hosts and not named and _own_address().startswith("127."):
+    if elsewhere and not named and _own_address().startswith("127."):
         raise UserError(
             f"{socket.gethostname()} resolves to {_own_address()}, where other machines cannot reach it; mend "
             "/etc/hosts, or set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME (slurm/site.conf)"
@@ -66,6 +70,21 @@ def end_of_job_s(said: str, now_s: float | None = None) -> float | None:
         return datetime.fromisoformat(end).timestamp() - (time.time() if now_s is None else now_s)
     except ValueError:
         return None
+
+
+def judge_wall_time(left_s: float | None, steps: int, save_every: int, step_s: float | None) -> str:
+    """Time left against `steps`. Raises UserError where it ends before the next checkpoint."""
+    if left_s is None:
+        return "no limit" if step_s is None else f"no limit; {steps} steps take {clock(steps * step_s)}"
+    if step_s is None:
+        return f"{clock(left_s)} left; --deep says what that is in steps"
+    if min(steps, save_every) * step_s > left_s:
+        raise UserError(
+            f"{clock(left_s)} left, {save_every} steps take {clock(save_every * step_s)}; "
+            "ask for more --time, or lower train.save_every"
+        )
+    times = math.ceil(steps * step_s / left_s)
+    return f"{clock(left_s)} left, {steps} steps take {clock(steps * step_s)}: {times} such jobs"
 
 
 def _own_address() -> str:

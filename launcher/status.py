@@ -57,7 +57,7 @@ def read_status(run: Path, now_s: float | None = None) -> Status:
     silent_s = max(0.0, now_s - max(written, default=now_s))
     losses = [(int(line["global_step"]), float(line["train/loss"])) for line in metrics if "train/loss" in line]
     saved = _newest(run)
-    saved_step = int(saved.name.removeprefix("step-")) if saved else 0
+    saved_step = _step_of(saved)
     step = max(losses[-1][0] if losses else 0, saved_step)
     state = _state(log, step, saved_step, max_steps, silent_s > timeout_s)
     judged = [line for line in metrics if any(key.startswith("evaluate/") for key in line)][-1:]
@@ -79,11 +79,11 @@ def read_status(run: Path, now_s: float | None = None) -> Status:
     )
 
 
-def furthest_step(run: Path) -> int:
-    """The last global step that `run` has written down or saved; 0 for a folder that holds no run."""
+def progress(run: Path) -> tuple[int, int]:
+    """The last global step that `run` has saved, and the last one it has written down; 0 where there is none."""
     steps = [int(line["global_step"]) for line in _json_lines(run / "metrics.jsonl")]
-    saved = _newest(run)
-    return max([*steps, int(saved.name.removeprefix("step-")) if saved else 0])
+    saved = _step_of(_newest(run))
+    return saved, max([*steps, saved])
 
 
 def describe(status: Status) -> str:
@@ -150,6 +150,10 @@ def _starts(path: Path) -> list[str]:
 def _newest(run: Path) -> Path | None:
     whole = [path.parent for path in sorted(run.glob("checkpoints/step-*/manifest.json"))]
     return whole[-1] if whole else None
+
+
+def _step_of(checkpoint: Path | None) -> int:
+    return int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
 
 
 def _text_lines(path: Path) -> list[str]:

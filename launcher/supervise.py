@@ -1,4 +1,7 @@
-"""Signals, on both sides: `run` passes them on to every rank and leaves none behind, `StopFlag` hears them."""
+"""Signals, on both sides: `Supervisor` passes them on to every rank and leaves none behind, `StopFlag` hears them.
+
+A crashed training run is started again from its last checkpoint, unless it crashes in a loop.
+"""
 
 import contextlib
 import ctypes
@@ -7,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 from launcher.command import Command
 from launcher.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USAGE
@@ -15,6 +20,7 @@ from launcher.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USAGE
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _GRACE_S = 5.0
 _SAVE_S = 30.0
+_LOOP = 2  # starts in a row that crash without a new checkpoint
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -38,28 +44,104 @@ class StopFlag:
             signal.signal(number, signal.SIG_IGN)
 
 
-def run(command: Command, *, graceful: bool) -> int:
-    """Run `command` to its end; the exit code: 0, 1, 2, or 85 where the ranks stopped on request.
+class Supervisor:
+    """Starts ranks, and passes on to them whatever of STOP_SIGNALS arrives; one that comes while there are none counts.
 
-    Any of STOP_SIGNALS reaches all ranks. With `graceful` it arrives there as SIGUSR1, which asks a training run to
-    save and leave; a second one is SIGTERM, a third SIGKILL. Without, it is passed on as it is.
+    Use it as a context. With `graceful` a request arrives at the ranks as SIGUSR1, which asks a training run to save
+    and leave; a second one is SIGTERM, a third SIGKILL. Without, it is passed on as it is.
     """
-    started = _Ranks(command, graceful)
-    before = {number: signal.signal(number, started.stop) for number in STOP_SIGNALS}
-    try:
-        code = started.wait()
-    finally:
-        for number, handler in before.items():
+
+    def __init__(self, *, graceful: bool) -> None:
+        self._graceful = graceful
+        self._requests: list[int] = []
+        self._ranks: _Ranks | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Supervisor":
+        self._before = {number: signal.signal(number, self._stop) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
-    left_over = started.end_all()
-    if code == 0 and left_over:
-        # DeepSpeed's outer launcher returns 0 when its inner one was killed.
-        _say("the launcher ended before its ranks, which were ended too: the run is not complete")
+
+    @property
+    def asked(self) -> bool:
+        """Whether there has been a request to stop."""
+        return bool(self._requests)
+
+    def run(self, command: Command) -> int:
+        """Run `command` to its end; the exit code: 0, 1, 2, or 85 where the ranks stopped on request."""
+        if self._graceful and self.asked:
+            return EXIT_STOPPED
+        self._ranks = _Ranks(command)
+        if self.asked:  # since the line above
+            self._pass_on()
+        code = self._ranks.wait()
+        left_over = self._ranks.end_all()
+        self._ranks = None
+        if code == 0 and left_over:
+            # DeepSpeed's outer launcher returns 0 when its inner one was killed.
+            _say("the launcher ended before its ranks, which were ended too: the run is not complete")
+            return EXIT_FAILURE
+        if code in (0, EXIT_FAILURE, EXIT_USAGE, EXIT_STOPPED):
+            return code
+        _say(f"the ranks ended with {describe(code)}; see the messages above and the run's log")
         return EXIT_FAILURE
-    if code in (0, EXIT_FAILURE, EXIT_USAGE, EXIT_STOPPED):
-        return code
-    _say(f"the ranks ended with {describe(code)}; see the messages above and the run's log")
-    return EXIT_FAILURE
+
+    def run_again(self, start: Callable[[bool], Command], progress: Callable[[], tuple[int, int]], bound: int) -> int:
+        """Run start(False), and as long as crashes are bad luck start(True), which resumes; the last one's exit code.
+
+        At most `bound` times again. progress() gives the last step the run has saved and the last one it has made.
+        """
+        restarts = in_vain = 0
+        saved, _ = progress()
+        while True:
+            code = self.run(start(restarts > 0))
+            if code != EXIT_FAILURE or self.asked:
+                return code
+            before, (saved, made) = saved, progress()
+            in_vain = 0 if saved > before else in_vain + 1
+            reason = why_not_again(restarts, in_vain, saved, made, bound)
+            if reason is not None:
+                if restarts:
+                    _say(f"not started again: {reason}; `hpe-launch train … --resume` goes on after step {saved}")
+                return code
+            restarts += 1
+            _say(f"the run crashed after step {made}: start {restarts + 1}, from step {saved}")
+
+    def _stop(self, number: int, _frame: FrameType | None) -> None:
+        self._requests.append(number)
+        if self._ranks is not None:
+            self._pass_on()
+        if self._graceful and len(self._requests) == 1:
+            _say(f"{signal.Signals(number).name}: asking the ranks to save and stop; once more to end them now")
+
+    def _pass_on(self) -> None:
+        assert self._ranks is not None
+        harder = (signal.SIGUSR1, signal.SIGTERM, signal.SIGKILL)
+        self._ranks.signal(harder[min(len(self._requests), 3) - 1] if self._graceful else self._requests[-1])
+
+
+def run(command: Command, *, graceful: bool) -> int:
+    """Run `command` to its end under a Supervisor; the exit code."""
+    with Supervisor(graceful=graceful) as supervisor:
+        return supervisor.run(command)
+
+
+def why_not_again(restarts: int, in_vain: int, saved: int, made: int, bound: int) -> str | None:
+    """Why a crashed run is not started again; None where it is.
+
+    `in_vain`: starts in a row that crashed without a new checkpoint. Once that may be chance, if the run has ever made
+    a step; twice it is not.
+    """
+    if in_vain >= _LOOP:
+        return f"{in_vain} starts in a row crashed before a checkpoint after step {saved}, which is no bad luck"
+    if restarts >= bound:
+        return f"it has been {restarts} times already (--max-restarts)"
+    if in_vain and not restarts and made <= saved:
+        return "it made no step"
+    return None
 
 
 def describe(code: int) -> str:
@@ -73,10 +155,7 @@ def describe(code: int) -> str:
 class _Ranks:
     """The launcher and all it starts: one process group, so that one call reaches all."""
 
-    def __init__(self, command: Command, graceful: bool) -> None:
-        self._graceful = graceful
-        self._requests = 0
-
+    def __init__(self, command: Command) -> None:
         def before_exec() -> None:
             if command.ignores_usr1:
                 signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -90,28 +169,21 @@ class _Ranks:
             process_group=0,
             preexec_fn=before_exec,
         )
-
-    def stop(self, number: int, _frame: FrameType | None) -> None:
-        """Signal handler: pass the request on."""
-        self._requests += 1
-        if not self._graceful:
-            self._signal(number)
-            return
-        self._signal((signal.SIGUSR1, signal.SIGTERM, signal.SIGKILL)[min(self._requests, 3) - 1])
-        if self._requests == 1:
-            _say(f"{signal.Signals(number).name}: asking the ranks to save and stop; once more to end them now")
+        self._guard = _guard(self._launcher.pid)
 
     def wait(self) -> int:
         return self._launcher.wait()
 
     def end_all(self) -> bool:
         """End what is left of the group; whether there was something that did not leave by itself."""
-        if self._gone_within(_GRACE_S):
-            return False
-        self._signal(signal.SIGTERM)
-        if not self._gone_within(_SAVE_S):
-            self._signal(signal.SIGKILL)
-        return True
+        alone = self._gone_within(_GRACE_S)
+        if not alone:
+            self.signal(signal.SIGTERM)
+            if not self._gone_within(_SAVE_S):
+                self.signal(signal.SIGKILL)
+        self._guard.kill()
+        self._guard.communicate()
+        return not alone
 
     def _gone_within(self, seconds: float) -> bool:
         deadline_s = time.monotonic() + seconds
@@ -119,17 +191,26 @@ class _Ranks:
             with contextlib.suppress(ChildProcessError):
                 while os.waitpid(-self._launcher.pid, os.WNOHANG)[0]:
                     pass
-            if not self._signal(0):
+            if not self.signal(0):
                 return True
             time.sleep(0.1)
         return False
 
-    def _signal(self, number: int) -> bool:
+    def signal(self, number: int) -> bool:
+        """Signal the whole group; whether there is any of it."""
         try:
             os.killpg(self._launcher.pid, number)
         except ProcessLookupError:
             return False
         return True
+
+
+def _guard(group: int) -> "subprocess.Popen[bytes]":
+    """A process that ends `group` once we are dead, however we died: the pipe to it breaks then."""
+    wait = f"for i in $(seq {_SAVE_S:.0f}); do kill -s 0 -- -{group} || exit; sleep 1; done"
+    words = ["sh", "-c", f"read _; kill -s TERM -- -{group}; {wait}; kill -s KILL -- -{group}"]
+    null = subprocess.DEVNULL
+    return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=null, stderr=null, process_group=0)
 
 
 def _say(message: str) -> None:

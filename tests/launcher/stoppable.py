@@ -1,5 +1,7 @@
 """A rank that works until it is asked to stop, saves for a moment and leaves with 85; or ends as its argument says.
 
+"twice": it works as long as no rank has been killed (`killed` is there), and has nothing left to do after that.
+
 Writes `<rank>.pid` once it listens and `<rank>.saved` when it has been asked.
 """
 
@@ -17,6 +19,8 @@ def main(out: Path, way: str) -> int:
     (out / f"{rank}.pid").write_text(str(os.getpid()))
     if way.startswith("exit-"):
         return int(way.removeprefix("exit-"))
+    if way == "twice" and (out / "killed").exists():
+        return 0
     deadline_s = time.monotonic() + 60
     while not (flag and flag.raised) and time.monotonic() < deadline_s:
         time.sleep(0.05)

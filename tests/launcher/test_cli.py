@@ -62,8 +62,17 @@ def test_inside_slurm_everything_goes_through_srun(tmp_path: Path) -> None:
     assert "srun --nodes 2 --ntasks 16 --mpi=none --kill-on-bad-exit=1 --cpus-per-task=6 " in trained.stdout
     assert "MASTER_ADDR=localhost" in trained.stdout and "OMP_NUM_THREADS=6" in trained.stdout
     assert "--mpi=pmi2" in launch("evaluate", "--dry-run", **allocation).stdout
-    inside = launch("train", "x.yaml", "--dry-run", **allocation, SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS="16")
+    container = launch("train", "x.yaml", "--dry-run", **allocation, HPE_SRUN="--container-image='/a b.sqsh'")
+    assert "--cpus-per-task=6 '--container-image=/a b.sqsh' " in container.stdout
+    step = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "16"}
+    inside = launch("train", "x.yaml", "--dry-run", **allocation, **step)
     assert inside.returncode == 2 and "without srun" in inside.stderr
+
+
+def test_under_mpirun_it_starts_no_ranks_of_ranks() -> None:
+    ranks = {"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2"}
+    inside = launch("evaluate", "--model", "m", "--dry-run", **ranks)
+    assert inside.returncode == 2 and "under mpirun: it starts the ranks itself" in inside.stderr
 
 
 def test_merge_is_one_process() -> None:

@@ -40,25 +40,26 @@ def test_deepspeed_on_one_node_is_the_plain_deepspeed_way(ranks: int) -> None:
     assert made.env["OMP_NUM_THREADS"] == made.env["MKL_NUM_THREADS"] == "4"
 
 
-def test_deepspeed_on_64_nodes_takes_the_environment_along(tmp_path: Path) -> None:
+@pytest.mark.parametrize("nodes", [8, 64])
+def test_deepspeed_on_many_nodes_takes_the_environment_along(nodes: int, tmp_path: Path) -> None:
     made = command.deepspeed(
         "cogvlm_hpe",
         TRAIN,
-        ranks=512,
+        ranks=8 * nodes,
         port=7,
         threads=4,
         env={"A": "b"},
-        hostfile=hostfile(tmp_path, 64),
-        nodes=64,
+        hostfile=hostfile(tmp_path, nodes),
+        nodes=nodes,
         python="/venv/bin/python",
     )
-    assert words(made, "--num_nodes", "64", "--num_gpus", "8", "--master_port", "7")
+    assert words(made, "--num_nodes", str(nodes), "--num_gpus", "8", "--master_port", "7")
     start = made.argv.index("env")
     assert "OMP_NUM_THREADS=4" in made.argv[start:] and "A=b" in made.argv[start:]
     assert words(made, "/venv/bin/python", "-u", "-m", "cogvlm_hpe", *TRAIN)
 
 
-@pytest.mark.parametrize(("ranks", "nodes"), [(1, 1), (8, 1), (512, 64)])
+@pytest.mark.parametrize(("ranks", "nodes"), [(1, 1), (8, 1), (64, 8), (512, 64)])
 def test_mpirun(ranks: int, nodes: int, tmp_path: Path) -> None:
     file = hostfile(tmp_path, nodes) if nodes > 1 else None
     made = command.mpirun(["prog"], ranks=ranks, threads=2, env={"A": "b"}, hostfile=file, nodes=nodes)
@@ -66,10 +67,10 @@ def test_mpirun(ranks: int, nodes: int, tmp_path: Path) -> None:
     assert made.env["OMP_NUM_THREADS"] == "2" and made.env["A"] == "b"
     assert ("-ppn" in made.argv) == (nodes > 1)
     if nodes > 1:
-        assert made.argv[made.argv.index("-hosts") + 1].count(",") == 63
+        assert made.argv[made.argv.index("-hosts") + 1].count(",") == nodes - 1
 
 
-@pytest.mark.parametrize(("ranks", "nodes"), [(1, 1), (8, 1), (512, 64)])
+@pytest.mark.parametrize(("ranks", "nodes"), [(1, 1), (8, 1), (64, 8), (512, 64)])
 def test_openmpi(ranks: int, nodes: int, tmp_path: Path) -> None:
     file = hostfile(tmp_path, nodes) if nodes > 1 else None
     made = command.mpirun(
@@ -80,10 +81,12 @@ def test_openmpi(ranks: int, nodes: int, tmp_path: Path) -> None:
     assert words(made, "-npernode", str(ranks // nodes)) == (nodes > 1)
 
 
-@pytest.mark.parametrize(("ranks", "nodes"), [(1, 1), (8, 1), (512, 64)])
+@pytest.mark.parametrize(("ranks", "nodes"), [(1, 1), (8, 1), (64, 8), (512, 64)])
 def test_srun(ranks: int, nodes: int) -> None:
-    made = command.srun(["prog"], ranks=ranks, nodes=nodes, threads=7, env={"A": "b"}, mpi="pmi2", cpus_per_task=7)
+    how = {"mpi": "pmi2", "cpus_per_task": 7, "options": ["--container-image=/i.sqsh"]}
+    made = command.srun(["prog"], ranks=ranks, nodes=nodes, threads=7, env={"A": "b"}, **how)
     assert words(made, "--nodes", str(nodes), "--ntasks", str(ranks), "--mpi=pmi2")
+    assert words(made, "--container-image=/i.sqsh", "prog")
     assert "--kill-on-bad-exit=1" in made.argv and "--cpus-per-task=7" in made.argv
     assert made.env["OMP_NUM_THREADS"] == "7"
 

@@ -1,5 +1,6 @@
 """Signals reach every rank, and none outlives the run: with plain processes, and with DeepSpeed's real launcher."""
 
+import json
 import os
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from launcher import command, supervise, world
@@ -18,15 +20,14 @@ SUPERVISOR = """
 import json, sys
 from launcher import supervise
 from launcher.command import Command
-argv, env, ignores, graceful = json.loads(sys.argv[1])
-sys.exit(supervise.run(Command(argv, env, ignores), graceful=graceful))
+argv, env, ignores, graceful, restarts = json.loads(sys.argv[1])
+with supervise.Supervisor(graceful=graceful) as supervisor:
+    sys.exit(supervisor.run_again(lambda resume: Command(argv, env, ignores), lambda: (0, 1), restarts))
 """
 
 
-def start(made: Command, graceful: bool = True) -> "subprocess.Popen[str]":
-    import json
-
-    what = json.dumps([made.argv, made.env, made.ignores_usr1, graceful])
+def start(made: Command, graceful: bool = True, restarts: int = 0) -> "subprocess.Popen[str]":
+    what = json.dumps([made.argv, made.env, made.ignores_usr1, graceful, restarts])
     return subprocess.Popen([sys.executable, "-c", SUPERVISOR, what], stderr=subprocess.PIPE, text=True)
 
 
@@ -108,6 +109,77 @@ def test_a_launcher_that_leaves_its_ranks_behind_has_failed(tmp_path: Path) -> N
     assert run.stderr is not None and "ended before its ranks" in run.stderr.read()
 
 
+def test_a_killed_supervisor_leaves_nobody(tmp_path: Path) -> None:
+    run = start(rank(tmp_path, "work"))
+    wait_for(tmp_path, {"0.pid"})
+    run.kill()
+    run.wait()
+    wait_for(tmp_path, {"0.saved"})
+    deadline_s = time.monotonic() + 30
+    while any(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in alive(tmp_path)):  # nobody may reap it
+        assert time.monotonic() < deadline_s
+        time.sleep(0.1)
+
+
+def test_a_request_before_there_are_ranks_counts() -> None:
+    with supervise.Supervisor(graceful=True) as supervisor:
+        signal.raise_signal(signal.SIGTERM)
+        assert supervisor.asked
+        assert supervisor.run(Command(["false"])) == 85
+
+
+def crash(folder: Path, *crashes: tuple[int, int], bound: int = 3, code: int = 1) -> tuple[int, int]:
+    """A run of 100 steps; each crash is (step saved, step made) by then. Exit code of the last start, and starts."""
+    now = (0, 0)
+    starts = 0
+
+    def command(resume: bool) -> Command:
+        nonlocal now, starts
+        assert resume == (starts > 0)
+        ends = starts >= len(crashes)
+        now = (100, 100) if ends else crashes[starts]
+        starts += 1
+        return Command(["bash", "-c", f"exit {0 if ends else code}"])
+
+    with supervise.Supervisor(graceful=True) as supervisor:
+        return supervisor.run_again(command, lambda: now, bound), starts
+
+
+@pytest.mark.parametrize(
+    ("crashes", "ends"),
+    [
+        ([], (0, 1)),
+        ([(20, 25), (40, 47)], (0, 3)),
+        ([(0, 7)], (0, 2)),  # nothing saved yet
+        ([(20, 25), (20, 25)], (0, 3)),  # once without a new checkpoint may be chance
+        ([(20, 25), (20, 25), (20, 27)], (1, 3)),  # twice is not
+        ([(20, 25), (20, 20), (20, 20)], (1, 3)),
+        ([(0, 0)], (1, 1)),  # it never made a step: a mistake
+        ([(10, 10), (20, 20), (30, 30), (40, 40), (50, 50)], (1, 4)),
+    ],
+)
+def test_a_crashed_run_is_started_again_unless_it_loops(
+    crashes: list[tuple[int, int]], ends: tuple[int, int], tmp_path: Path
+) -> None:
+    assert crash(tmp_path, *crashes) == ends
+
+
+def test_a_run_is_not_started_again_where_nobody_wants_it(tmp_path: Path) -> None:
+    assert crash(tmp_path, (20, 25), bound=0) == (1, 1)
+    assert [crash(tmp_path, (20, 25), code=code)[1] for code in (2, 85)] == [1, 1], "mistakes and stops are no crashes"
+    with supervise.Supervisor(graceful=True) as supervisor:
+        asked = Command(["bash", "-c", "trap 'exit 1' USR1; kill -TERM $PPID; while :; do sleep 0.1; done"])
+        assert supervisor.run_again(lambda resume: asked, lambda: (20, 25), 3) == 1, "asked, it crashed while saving"
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [((1, 0, 20, 25, 3), "None"), ((1, 2, 20, 25, 3), "2 starts in a row"), ((3, 0, 20, 25, 3), "--max-restarts")],
+)
+def test_why_it_is_not_started_again_is_said(state: tuple[int, int, int, int, int], said: str) -> None:
+    assert said in str(supervise.why_not_again(*state))
+
+
 @pytest.mark.slow
 def test_deepspeed_stops_on_request_with_85(tmp_path: Path) -> None:
     run = start(deepspeed(tmp_path, "work"))
@@ -119,13 +191,16 @@ def test_deepspeed_stops_on_request_with_85(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_deepspeed_with_a_killed_rank_fails_and_leaves_nobody(tmp_path: Path) -> None:
-    run = start(deepspeed(tmp_path, "work"))
+def test_deepspeed_with_a_killed_rank_is_started_again_and_leaves_nobody(tmp_path: Path) -> None:
+    run = start(deepspeed(tmp_path, "twice"), restarts=1)
     wait_for(tmp_path, {"0.pid", "1.pid"})
-    os.kill(int((tmp_path / "1.pid").read_text()), signal.SIGKILL)
-    assert run.wait(timeout=60) == 1
-    assert alive(tmp_path) == []
-    assert run.stderr is not None and "SIGKILL" in run.stderr.read()
+    first = [int(path.read_text()) for path in tmp_path.glob("*.pid")]
+    (tmp_path / "killed").touch()
+    os.kill(first[1], signal.SIGKILL)
+    said = run.communicate(timeout=120)[1]
+    assert run.returncode == 0, said
+    assert "SIGKILL" in said and "start 2, from step 0" in said
+    assert alive(tmp_path) == [] and not any(Path(f"/proc/{pid}").exists() for pid in first)
 
 
 @pytest.mark.slow
