@@ -3,15 +3,15 @@
 import argparse
 import math
 import shutil
-import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.errors import EXIT_FAILURE, UserError
+from launcher.checks import Line, Table, attempt, merge
+from launcher.errors import UsageError, UserError
 
 if TYPE_CHECKING:
     from cogvlm_hpe.config import RunConfig
@@ -24,20 +24,8 @@ _EPILOG = """Any key of the config may follow, and --resume, as for train. On al
   hpe-launch preflight FILE --nproc 8        or, in a job,        hpe-launch preflight FILE
 exit code 0: all is well, 1: a line has a ✗, 2: the config cannot be meant"""
 _MEET_S = 300.0
-_SKEW_S = 2.0  # between clocks: beyond it, ages of files and times in logs of several hosts mean little
-_PROBE_BYTES = 64 * 2**20
 _TEXT_TOKENS = 76  # of a question and its answer
-_SAME_EVERYWHERE = {"shards", "base", "tokenizer", "interface"}
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line of the table. `said` is the result, or what is wrong and, after the last semicolon, the remedy."""
-
-    check: str
-    ok: bool
-    said: str
-    host: str = ""
+_SAME_EVERYWHERE = frozenset({"shards", "base", "tokenizer", "interface"})
 
 
 @dataclass(frozen=True)
@@ -58,26 +46,47 @@ def main(argv: list[str]) -> int:
     config, flags = parse(["--config", str(args.config), *rest])
 
     from launcher.comm import from_torch
-    from launcher.machine import check_reachable
     from launcher.world import discover
 
     world, start_s = discover(), time.monotonic()
-    check_reachable(world.size > world.local_size)
-    comm = from_torch(world, _MEET_S)
-    table = _Table(comm)
+    table = Table(from_torch(world, _MEET_S))
     met = f"{world.size} ranks at {world.master_addr}:{world.master_port} in {time.monotonic() - start_s:.1f} s"
     table.add([Line("ranks meet", True, met)])
-    table.add(_merge(comm.gather(check_host(config, flags, world))))
-    needs = read_plan(config, comm) if table.all_well else None
-    if needs is not None:
-        table.add(check_needs(config, needs, comm, args.gpu_memory))
-    table.add(check_network(needs, comm))
+    check_all(table, config, flags, world, args.gpu_memory, args.deep)
+    return table.exit_code
+
+
+def check_start(config: "RunConfig", flags: "Flags", world: "World", comm: "Comm") -> None:
+    """All ranks. What takes seconds, before a run begins. Raises UserError with a line for each ✗."""
+    table = Table(comm)
+    check_all(table, config, flags, world)
+    if table.wrong:
+        kind = UsageError if table.exit_code == UsageError.exit_code else UserError
+        raise kind("\n".join(dict.fromkeys(line.said for line in table.wrong)))
+
+
+def check_all(
+    table: Table,
+    config: "RunConfig",
+    flags: "Flags",
+    world: "World",
+    gpu_memory_gb: float | None = None,
+    deep: bool = False,
+) -> None:
+    """All ranks. Fill the table."""
+    comm = table.comm
+    table.add(merge(comm.gather(check_host(config, flags, world)), _SAME_EVERYWHERE))
+    needs = None
+    if not table.wrong:
+        free_gb = free_memory_gb(comm) if gpu_memory_gb is None else gpu_memory_gb
+        needs = read_needs(config, comm, free_gb is not None)
+        table.add(check_needs(config, needs, free_gb))
+    table.add(check_network(needs, world, comm))
     step_s = None
-    if args.deep and table.all_well:
+    if deep and not table.wrong:
         line, step_s = one_step(config, world, comm)
         table.add([line])
     table.add([attempt("wall time", lambda: check_wall_time(config, step_s))] if comm.rank == 0 else [])
-    return 0 if table.all_well else EXIT_FAILURE
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -92,37 +101,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpu-memory", type=float, metavar="GB", help="of one GPU, 10^9 bytes (default: what is free)")
     parser.add_argument("--deep", action="store_true", help="two real steps and a checkpoint beside run_dir, removed")
     return parser
-
-
-class _Table:
-    """Lines go out as they come, so that whatever ends the program leaves those before it."""
-
-    def __init__(self, comm: "Comm") -> None:
-        self._comm = comm
-        self.all_well = True
-
-    def add(self, lines: Iterable[Line]) -> None:
-        """All ranks. Lines count on rank 0."""
-        wrong = False
-        for line in lines if self._comm.rank == 0 else []:
-            wrong = wrong or not line.ok
-            print(show(line), flush=True)
-        self.all_well = self.all_well and not self._comm.agree(wrong)
-
-
-def show(line: Line) -> str:
-    """A line for people; the remedy on a line of its own."""
-    wrong, _, remedy = line.said.rpartition("; ")
-    said = line.said if line.ok or not wrong else f"{wrong}\n{'':17}→ {remedy}"
-    return f"{'✓' if line.ok else '✗'} {line.check:<14} {said}"
-
-
-def attempt(check: str, work: Callable[[], str]) -> Line:
-    """The line of a check that returns what it found or raises UserError."""
-    try:
-        return Line(check, True, work(), socket.gethostname())
-    except UserError as error:
-        return Line(check, False, str(error), socket.gethostname())
 
 
 def check_host(config: "RunConfig", flags: "Flags", world: "World") -> list[Line]:
@@ -143,26 +121,6 @@ def check_host(config: "RunConfig", flags: "Flags", world: "World") -> list[Line
     if world.rank == 0:
         checks["run_dir"] = lambda: check_run_dir(config, flags)
     return [attempt(name, work) for name, work in checks.items()]
-
-
-def _merge(gathered: list[list[Line]] | None) -> list[Line]:
-    """One line a check out of all hosts'."""
-    lines = [line for of_rank in gathered or [] for line in of_rank]
-    out = []
-    for check in dict.fromkeys(line.check for line in lines):
-        same = [line for line in lines if line.check == check]
-        wrong = [line for line in same if not line.ok]
-        if wrong:
-            others = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-            where = f"{wrong[0].host}{others}: " if len(same) > 1 else ""
-            out.append(replace(wrong[0], said=where + wrong[0].said))
-        elif check in _SAME_EVERYWHERE and len({line.said for line in same}) > 1:
-            other = next(line for line in same if line.said != same[0].said)
-            said = f"{same[0].host}: {same[0].said}, but {other.host}: {other.said}; make hosts alike"
-            out.append(Line(check, False, said))
-        else:
-            out.append(same[0])
-    return out
 
 
 def check_ranks(config: "RunConfig", world: "World") -> str:
@@ -267,27 +225,40 @@ def existing_parent(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
-def read_plan(config: "RunConfig", comm: "Comm") -> Needs:
-    """All ranks. The planner's numbers for this world, traced by rank 0."""
-    if comm.rank:
-        return comm.broadcast(Needs({}, 0, 0))
-    from cogvlm_hpe.model.load import resolve_base
-    from cogvlm_hpe.model.weights import read_config
-    from cogvlm_hpe.train.plan import plan, trace
-
-    traced = trace(config, read_config(resolve_base(config.model.base)), config.shards.questions, _TEXT_TOKENS)
-    each = 2 if config.model.dtype == "bf16" else 4
-    return comm.broadcast(Needs(plan(config, traced, comm.size).memory, traced.trained, each * traced.trained))
-
-
-def check_needs(config: "RunConfig", needs: Needs, comm: "Comm", gpu_memory_gb: float | None) -> list[Line]:
-    """All ranks. Room on the disk for the checkpoints, and in the GPUs where there are some or a size is given."""
+def free_memory_gb(comm: "Comm") -> float | None:
+    """All ranks. What the fullest GPU has free, 10^9 bytes; None where there is no GPU."""
     import torch
 
-    lines = [attempt("disk", lambda: check_disk(Path(config.run_dir), needs.trained, config.train.keep))]
     free_gb = torch.cuda.mem_get_info()[0] / 1e9 if torch.cuda.is_available() else math.inf
-    free_gb = -comm.max(-free_gb) if gpu_memory_gb is None else gpu_memory_gb
-    if free_gb < math.inf:
+    least_gb = -comm.max(-free_gb)
+    return least_gb if least_gb < math.inf else None
+
+
+def read_needs(config: "RunConfig", comm: "Comm", with_memory: bool) -> Needs:
+    """All ranks. The planner's numbers for this world; memory, for which rank 0 traces the model, only if asked for."""
+    if comm.rank:
+        return comm.broadcast(Needs({}, 0, 0))
+    from cogvlm_hpe.model.load import DTYPES, empty_model, resolve_base
+    from cogvlm_hpe.model.weights import read_config
+    from cogvlm_hpe.train import adapter
+    from cogvlm_hpe.train.plan import plan, trace
+
+    model_config = read_config(resolve_base(config.model.base))
+    if with_memory:
+        traced = trace(config, model_config, config.shards.questions, _TEXT_TOKENS)
+        trained, memory = traced.trained, plan(config, traced, comm.size).memory
+    else:
+        model = empty_model(model_config, DTYPES[config.model.dtype])
+        if config.adapter:
+            adapter.add_lora(model, replace(config.adapter, init=None), config.model.base)
+        trained, memory = sum(p.numel() for p in adapter.trainable(model).values()), {}
+    return comm.broadcast(Needs(memory, trained, (2 if config.model.dtype == "bf16" else 4) * trained))
+
+
+def check_needs(config: "RunConfig", needs: Needs, free_gb: float | None) -> list[Line]:
+    """Room on the disk for the checkpoints, and in the GPUs where their size is known."""
+    lines = [attempt("disk", lambda: check_disk(Path(config.run_dir), needs.trained, config.train.keep))]
+    if free_gb is not None:
         lines.append(attempt("GPU memory", lambda: check_memory(needs.memory, free_gb)))
     return lines
 
@@ -314,25 +285,20 @@ def check_memory(memory: dict[str, float], free_gb: float) -> str:
     return said
 
 
-def check_network(needs: Needs | None, comm: "Comm") -> list[Line]:
-    """All ranks. A timed sum over ranks, and how far the clocks are apart."""
+def check_network(needs: Needs | None, world: "World", comm: "Comm") -> list[Line]:
+    """All ranks. A timed sum over ranks, the slowest pair of hosts, and how far the clocks are apart."""
     if comm.size == 1:
         return []
-    rate = _PROBE_BYTES / comm.time_sum(_PROBE_BYTES)
-    said = f"{_PROBE_BYTES >> 20} MiB over {comm.size} ranks at {rate / 1e9:.2f} GB/s"
+    from launcher import network
+
+    rate = network.PROBE_BYTES / comm.time_sum(network.PROBE_BYTES)
+    said = f"{network.PROBE_BYTES >> 20} MiB over {comm.size} ranks at {rate / 1e9:.2f} GB/s"
     if needs is not None:
         said += f": a step's gradients ({needs.gradient_bytes / 1e6:.0f} MB) take {needs.gradient_bytes / rate:.2g} s"
-    comm.barrier()
-    now_s = time.time()
-    skew_s = comm.max(now_s) + comm.max(-now_s)
-    return [Line("all-reduce", True, said), attempt("clocks", lambda: check_clocks(skew_s))]
-
-
-def check_clocks(skew_s: float) -> str:
-    """Whether hosts agree on the time."""
-    if skew_s > _SKEW_S:
-        raise UserError(f"{skew_s:.1f} s apart; set the hosts' clocks (chronyd, ntpd)")
-    return f"at most {skew_s:.2f} s apart"
+    pairs, skew_s = network.time_pairs(comm, world), network.clock_skew_s(comm)
+    lines = [Line("all-reduce", True, said)]
+    lines += [attempt("pairs of hosts", lambda: network.judge_pairs(pairs))] if pairs else []
+    return [*lines, attempt("clocks", lambda: network.judge_clocks(skew_s))]
 
 
 def one_step(config: "RunConfig", world: "World", comm: "Comm") -> tuple[Line, float]:
@@ -374,25 +340,8 @@ def _last_metrics(folder: Path) -> dict[str, Any]:
 def check_wall_time(config: "RunConfig", step_s: float | None) -> str:
     """Whether the job's time is enough for a checkpoint, and how many such jobs the run takes."""
     from cogvlm_hpe.train.checkpoint import newest
-    from launcher.machine import wall_time_left_s
+    from launcher.machine import judge_wall_time, wall_time_left_s
 
     found = newest(Path(config.run_dir))
     done = int(found.name.removeprefix("step-")) if found else 0
     return judge_wall_time(wall_time_left_s(), config.train.max_steps - done, config.train.save_every, step_s)
-
-
-def judge_wall_time(left_s: float | None, steps: int, save_every: int, step_s: float | None) -> str:
-    """Time left against `steps`. Raises UserError where it ends before the next checkpoint."""
-    from launcher.progress import clock
-
-    if left_s is None:
-        return "no limit" if step_s is None else f"no limit; {steps} steps take {clock(steps * step_s)}"
-    if step_s is None:
-        return f"{clock(left_s)} left; --deep says what that is in steps"
-    if min(steps, save_every) * step_s > left_s:
-        raise UserError(
-            f"{clock(left_s)} left, {save_every} steps take {clock(save_every * step_s)}; "
-            "ask for more --time, or lower train.save_every"
-        )
-    times = math.ceil(steps * step_s / left_s)
-    return f"{clock(left_s)} left, {steps} steps take {clock(steps * step_s)}: {times} such jobs"

@@ -18,6 +18,7 @@ class Flags:
     allow_change: bool
     check: bool
     print_trainable: bool
+    skip_preflight: bool = False
 
 
 _MEET_S = 1800.0  # for loading a base from a slow disk
@@ -44,6 +45,7 @@ def make_parser(prog: str = "cogvlm-hpe train") -> Any:
     parser.add_argument("--allow-change", action="store_true", help="resume although keys changed that matter")
     parser.add_argument("--check", action="store_true", help="check config and command line, and leave")
     parser.add_argument("--print-trainable", action="store_true", help="count what would train, by group, and leave")
+    parser.add_argument("--skip-preflight", action="store_true", help="start without looking at files, disk, network")
     parser.add_class_arguments(RunConfig)
     return parser
 
@@ -91,6 +93,10 @@ def main(argv: list[str]) -> int:
 
     world = discover()
     comm = from_torch(world, max(_MEET_S, 2 * config.train.timeout_s))  # so that the watchdog speaks first
+    if not flags.skip_preflight:
+        from cogvlm_hpe.preflight import check_start
+
+        check_start(config, flags, world, comm)
     run = setup(config, world, comm, resume=flags.resume, allow_change=flags.allow_change)
     try:
         return run_loop(run, stop)

@@ -12,10 +12,11 @@ from tiny_source import TinySource
 
 from cogvlm_hpe import preflight
 from cogvlm_hpe.config import RunConfig
-from cogvlm_hpe.preflight import Line, attempt
 from cogvlm_hpe.train.command import Flags, parse
+from launcher.checks import Table, attempt
 from launcher.comm import single
-from launcher.errors import UserError
+from launcher.errors import UsageError, UserError
+from launcher.world import World, discover
 from shards.write import build
 
 NEW = Flags(resume=False, allow_change=False, check=False, print_trainable=False)
@@ -98,38 +99,24 @@ def test_disk_and_memory_are_compared_with_what_is_free(tmp_path: Path) -> None:
         preflight.check_memory(memory, 24.0)
 
 
-def test_clocks() -> None:
-    assert "0.50 s" in preflight.check_clocks(0.5)
-    with pytest.raises(UserError, match="set the hosts' clocks"):
-        preflight.check_clocks(5.0)
-
-
-def test_wall_time() -> None:
-    assert preflight.judge_wall_time(None, 100, 10, None) == "no limit"
-    assert "--deep" in preflight.judge_wall_time(3600, 100, 10, None)
-    assert "1:00:00 left, 5000 steps take 2:46:40: 3 such jobs" in preflight.judge_wall_time(3600, 5000, 200, 2.0)
-    assert preflight.judge_wall_time(100, 10, 200, 2.0).endswith("1 such jobs"), "fewer steps left than save_every"
-    with pytest.raises(UserError, match=r"ask for more --time, or lower train.save_every"):
-        preflight.judge_wall_time(300, 5000, 200, 2.0)
-
-
-def test_hosts_are_merged_into_one_line_a_check() -> None:
-    good = Line("base", True, "fingerprint a", "n1")
-    assert preflight._merge([[good], [], [Line("base", True, "fingerprint a", "n2")]]) == [good]
-    (unlike,) = preflight._merge([[good], [Line("base", True, "fingerprint b", "n2")]])
-    assert not unlike.ok and "n1: fingerprint a, but n2: fingerprint b" in unlike.said
-    (wrong,) = preflight._merge([[good], [Line("base", False, "no base; name it", "n2")]])
-    assert preflight.show(wrong) == f"✗ base           n2: no base\n{'':17}→ name it"
-
-
-@pytest.mark.slow
-def test_a_doomed_run_is_refused_with_the_remedy(place: Path) -> None:
+def test_a_doomed_run_is_refused_with_the_remedy(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--run_dir", str(place / "doomed"), "--shards.train", json.dumps([{"path": str(place / "none")}])]
-    done = start("cogvlm_hpe", "preflight", "--config", str(place / "lora.yaml"), *words)
-    assert done.returncode == 1, done.stderr
-    assert "✗ shards" in done.stdout and "→ build a set" in done.stdout and "✓ base" in done.stdout
-    assert "Traceback" not in done.stderr
+    table = Table(single())
+    preflight.check_all(table, config_of(place, *words), NEW, discover({}))
+    said = capsys.readouterr().out
+    assert table.exit_code == 1
+    assert "✗ shards" in said and "→ build a set" in said and "✓ base" in said and "✓ wall time" in said
     assert not (place / "doomed").exists()
+
+
+def test_a_start_is_refused_with_a_line_for_each_mistake(place: Path) -> None:
+    words = ["--model.base", str(place / "no-base"), "--shards.train", json.dumps([{"path": str(place / "none")}])]
+    with pytest.raises(UserError) as refused:
+        preflight.check_start(config_of(place, *words), NEW, discover({}), single())
+    lines = str(refused.value).splitlines()
+    assert len(lines) == 2 and "build a set" in lines[0] and "no-base" in lines[1], "base and tokenizer say the same"
+    with pytest.raises(UsageError, match="multiple of the 2 ranks"):
+        preflight.check_start(config_of(place, "--shards.batch", "5"), NEW, World(0, 0, 2, 2, "", 1, "env"), single())
 
 
 @pytest.mark.slow
