@@ -25,6 +25,20 @@ Number = TypeVar("Number", int, float, np.ndarray)
 T = TypeVar("T")
 
 
+class Pending:
+    """A sum over ranks that is under way; `array` becomes the sum."""
+
+    def __init__(
+        self, array: np.ndarray, ready: Callable[[], bool] = lambda: True, wait: Callable[[], object] = lambda: None
+    ) -> None:
+        self._array, self.ready, self._wait = array, ready, wait
+
+    def wait(self) -> np.ndarray:
+        """The sum, once every rank has begun it."""
+        self._wait()
+        return self._array
+
+
 class Comm:
     """Rank `rank` of `size`. This base class is the world of one; the others speak MPI or torch.distributed."""
 
@@ -34,6 +48,10 @@ class Comm:
     def sum(self, value: Number) -> Number:
         """All ranks. The sum over ranks of a number or an array (same shape and dtype everywhere)."""
         return _like(value, self._reduce(np.array(value), "SUM"))
+
+    def begin_sum(self, value: np.ndarray) -> Pending:
+        """All ranks. Begin a sum of arrays and go on at once; ranks begin theirs in one order."""
+        return Pending(value.copy())
 
     def max(self, value: Number) -> Number:
         """All ranks. The largest over ranks of a number, or of each element of an array."""
@@ -154,6 +172,13 @@ class _Mpi(Comm):
     def barrier(self) -> None:
         self._world.Barrier()
 
+    def begin_sum(self, value: np.ndarray) -> Pending:
+        from mpi4py import MPI
+
+        array = value.copy()
+        request = self._world.Iallreduce(MPI.IN_PLACE, array, op=MPI.SUM)
+        return Pending(array, request.Test, request.Wait)
+
     def _reduce(self, array: np.ndarray, operation: str) -> np.ndarray:
         from mpi4py import MPI
 
@@ -182,6 +207,14 @@ class _Torch(Comm):
     def barrier(self) -> None:
         # Not distributed.barrier(): with nccl in the group that one would wait for the device's work.
         self._reduce(np.zeros(1), "SUM")
+
+    def begin_sum(self, value: np.ndarray) -> Pending:
+        import torch
+        from torch import distributed
+
+        array = value.copy()
+        work = distributed.all_reduce(torch.from_numpy(array), async_op=True)
+        return Pending(array, work.is_completed, work.wait)
 
     def post(self, key: str, text: str) -> None:
         self._store().set(key, text)

@@ -180,28 +180,6 @@ def _asked_of(system: System, tasks: Sequence[Task]) -> Sequence[Task]:
     return [task for task in tasks if task == "pose"] if isinstance(system, CropJudged) else tasks
 
 
-def decode_set(
-    loaded: System,
-    shard_set: ShardSet,
-    comm: Comm,
-    tasks: Sequence[Task],
-    decoding: Decoding,
-    *,
-    batch: int,
-    limit: int | None = None,
-    workers: int = 0,
-    description: str = "evaluate",
-) -> tuple[list[Row] | None, int]:
-    """All ranks. (rows in key order on rank 0, None elsewhere; images judged). Batches are dealt round-robin.
-
-    A batch is the same images on any number of ranks, so its answers are the same numbers.
-    """
-    rows, n_images = decode_all(
-        [loaded], shard_set, comm, tasks, decoding, batch=batch, limit=limit, workers=workers, description=description
-    )
-    return (None if rows is None else rows[0]), n_images
-
-
 def decode_all(
     systems: Sequence[System],
     shard_set: ShardSet,
@@ -215,19 +193,18 @@ def decode_all(
     description: str = "evaluate",
     unfinished: Unfinished | None = None,
 ) -> tuple[list[list[Row]] | None, int]:
-    """`decode_set` for several systems in one pass over the images; the progress shows the first one's scores.
+    """All ranks. (rows in key order of each system on rank 0, None elsewhere; images judged), in one pass.
 
-    Batches that `unfinished` holds are taken from it, and those judged now are kept there.
+    Batches are dealt round-robin, and a batch is the same images on any number of ranks, so its answers are the same
+    numbers. Those that `unfinished` holds are taken from it, and those judged now are kept there. No rank waits for
+    another before the end; the progress shows the first system's scores.
     """
     n_images = min(len(shard_set), limit or len(shard_set))
     batches = consecutive_batches(n_images, batch)
     done = unfinished.done if unfinished else []
-    left = [number for number in range(len(batches)) if number not in set(done)]
-    seen = _view(systems[0])
-    mine = read_all(shard_set, comm.rank, comm.size, batch, seen, workers, limit, only=left)
-    parts: list[tuple[int, list[list[Row]]]] = []
-    if unfinished and comm.rank == 0:
-        parts += [(number, unfinished.read(number)) for number in done]
+    left = sorted(set(range(len(batches))).difference(done))
+    mine = read_all(shard_set, comm.rank, comm.size, batch, _view(systems[0]), workers, limit, only=left)
+    parts = [(number, unfinished.read(number)) for number in done] if unfinished and comm.rank == 0 else []
     totals = Totals()
     with Progress(comm).bar(description, n_images) as bar:
         bar.advance(sum(len(batches[number]) for number in done))
@@ -237,12 +214,13 @@ def decode_all(
                 rows = decode_systems(systems, items, tasks, decoding)
                 parts.append((number, rows))
                 totals.add(rows[0], len(items))
-            if unfinished:
-                if number is not None:
+                if unfinished:
                     unfinished.keep(number, rows)
+            if unfinished:
                 unfinished.arrive(turn)
             bar.advance(totals.reduce(comm))
             bar.update(totals.text())
+        bar.advance(totals.finish())
     flat = collect(parts, len(batches), comm)
     if flat is None:
         return None, n_images

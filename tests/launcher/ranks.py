@@ -13,6 +13,8 @@ from launcher.errors import UserError
 
 def exercise(ranks: Comm) -> dict[str, object]:
     total = ranks.sum(np.array([[ranks.rank, 1.5]]))
+    own = np.array([ranks.rank, 2])
+    begun = [ranks.begin_sum(own), ranks.begin_sum(own * 10)]
     return {
         "size": ranks.size,
         "sum_int": ranks.sum(2**53 + ranks.rank),
@@ -23,6 +25,9 @@ def exercise(ranks: Comm) -> dict[str, object]:
         "broadcast": ranks.broadcast(f"from {ranks.rank}", root=1),
         "agree": [ranks.agree(ranks.rank == 1), ranks.agree(False)],
         "barrier": ranks.barrier(),
+        "begun_sums": [pending.wait().tolist() for pending in begun],
+        "ready": [pending.ready() for pending in begun],
+        "own": own.tolist(),
     }
 
 

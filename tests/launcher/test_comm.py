@@ -34,6 +34,9 @@ def check_two_ranks(out: Path) -> None:
             "broadcast": "from 1",
             "agree": [True, False],
             "barrier": None,
+            "begun_sums": [[1, 4], [10, 40]],
+            "ready": [True, True],
+            "own": [rank, 2],
         }
 
 
@@ -48,6 +51,8 @@ def test_single() -> None:
     assert one.agree(True) and not one.agree(False)
     assert one.gather("x") == ["x"] and one.broadcast("x") == "x"
     value = np.arange(3)
+    pending = one.begin_sum(value)
+    assert pending.ready() and pending.wait().tolist() == [0, 1, 2]
     total = one.sum(value)
     total += 1
     assert value.tolist() == [0, 1, 2], "a result is never the caller's own array"
