@@ -18,17 +18,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, default=Path(), metavar="DIR",
         help="where report.md, report.html and report/ go (default: here)",
     )  # fmt: skip
+    parser.add_argument(
+        "--card", type=Path, action="append", default=[], metavar="DIR",
+        help="also put the scores of the judged model or adapter in DIR into its model card, DIR/README.md",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the report and show its table. Raises UserError where a folder holds no result."""
+    """Write the report and the cards and show its table. Raises UserError where a folder holds no result."""
     from rich.console import Console
     from rich.table import Table
 
     from cogvlm_hpe.evaluate import report
+    from cogvlm_hpe.evaluate.card import write_card
     from cogvlm_hpe.evaluate.results import load_results, score_table
 
     results = load_results(args.runs)
+    for folder in args.card:
+        write_card(folder, results)
     report.write(report.sections(results), args.out)
     # A pipe or a log file has no width of its own, and the numbers should not be broken there.
     console = Console(width=None if sys.stdout.isatty() else _LOG_WIDTH)

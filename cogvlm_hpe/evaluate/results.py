@@ -63,15 +63,20 @@ class Result:
     @cached_property
     def geodesic_deg(self) -> Array:
         """(n,) errors of the pose questions; an answer that is no pose has the constant pose's error."""
-        charged, _ = charged_triples(self.pose_rows)
-        return metrics.geodesic_errors_deg(charged, pose_triples(self.pose_rows, "truth"))
+        return metrics.geodesic_errors_deg(self._charged[0], self._truth)
 
     @cached_property
     def constant_deg(self) -> Array:
         """(n,) errors of the constant pose on the same heads."""
-        truth = pose_triples(self.pose_rows, "truth")
-        _, constant = charged_triples(self.pose_rows)
-        return metrics.geodesic_errors_deg(np.broadcast_to(constant, truth.shape), truth)
+        return metrics.geodesic_errors_deg(np.broadcast_to(self._charged[1], self._truth.shape), self._truth)
+
+    @cached_property
+    def _charged(self) -> tuple[Array, Array]:
+        return charged_triples(self.pose_rows)
+
+    @cached_property
+    def _truth(self) -> Array:
+        return pose_triples(self.pose_rows, "truth")
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -219,28 +224,21 @@ def forgotten(a: Result, b: Result) -> Estimate | None:
 
 
 def comparison_table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows: each system against the constant pose and the set's first system, gain beside forgetting."""
+    """Headings and rows: each system against the constant pose and every system before it, gain beside forgetting."""
     rows = []
     for name, group in by_set(results).items():
         posed = [result for result in group if "pose" in result.tasks]
-        for result in posed:
-            first, lost = "–", "–"
-            if result is not posed[0]:
-                first = _difference(compare(result, posed[0]))
-                objects = forgotten(result, posed[0])
-                lost = _difference(objects, scale=100.0, unit=" %", better=1) if objects else "–"
-            rows.append([name, result.name, _difference(compare(result, None)), first, lost])
-    heads = [
-        "set",
-        "system",
-        f"pose, against the {CONSTANT}",
-        "pose, against the first",
-        "grounding, against the first",
-    ]
-    return heads, rows
+        for place, result in enumerate(posed):
+            rows.append([name, result.name, CONSTANT, difference(compare(result, None)), "–"])
+            for other in posed[:place]:
+                objects = forgotten(result, other)
+                lost = difference(objects, scale=100.0, unit=" %", better=1) if objects else "–"
+                rows.append([name, result.name, other.name, difference(compare(result, other)), lost])
+    return ["set", "system", "against", "pose", "grounding"], rows
 
 
-def _difference(estimate: Estimate | None, scale: float = 1.0, unit: str = "", better: int = -1) -> str:
+def difference(estimate: Estimate | None, scale: float = 1.0, unit: str = "", better: int = -1) -> str:
+    """`-5.2 [-7.0, -3.1]: better`; `better` is the sign that is."""
     if estimate is None:
         return "other heads"
     mean, low, high = (scale * value for value in (estimate.mean, estimate.low, estimate.high))

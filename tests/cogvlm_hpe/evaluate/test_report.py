@@ -11,60 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from results_made import edit, make_result
 
-from cogvlm_hpe import cli, dialogue
+from cogvlm_hpe import cli
 from cogvlm_hpe.evaluate import gallery, plots, reduce, report, results
-from cogvlm_hpe.evaluate.answer import Answer
-from cogvlm_hpe.evaluate.decode import judge, questions
-from launcher.comm import single
 from launcher.errors import UserError
-from shards import pose
-from shards.index import open_set
-from shards.record import Record
-
-NOTES = {"prompts": dict(dialogue.DEFAULT_PROMPTS), "answer_format": "offset"}
-
-
-def make_result(folder: Path, shard_set: Path, name: str, error_deg: float, blended: int = 0) -> Path:
-    """A result of a system that errs by `error_deg` about a random axis, and blends the first answers."""
-    generator = np.random.default_rng(0)
-    stored, rows = open_set(shard_set), []
-    for i in stored.key_order():
-        record = stored.record(int(i))
-        for row in questions(stored.key(int(i)), record, ["pose", "where", "what"], NOTES):
-            rows.append(judge(row, Answer(_answer(row, record, error_deg, generator)), "offset"))
-    for number, row in enumerate([row for row in rows if row["task"] == "pose"][:blended]):
-        row |= judge({key: row[key] for key in ("task", "truth")}, Answer(f"{{{{{number},1,1}}}} [["), "offset")
-    header = {
-        "system": name,
-        "set": {"name": stored.info["name"], "images": len(stored)},
-        "decoding": {"dtype": "fp32"},
-    }
-    facts = reduce.run_facts(single(), 1, 0.0, shards=str(shard_set))
-    reduce.write_result(folder, rows, header, facts)
-    return folder
-
-
-def _answer(row: dict, record: Record, error_deg: float, generator: np.random.Generator) -> str:
-    if row["task"] == "what":
-        return row["truth"]
-    if row["task"] == "where":
-        return dialogue.format_box(row["truth"], record.image.width, record.image.height)
-    truth = pose.rotation_from_pose(*row["truth"].values())
-    axis = generator.normal(size=3)
-    turn = pose.Rotation.from_rotvec(np.radians(error_deg) * axis / np.linalg.norm(axis)).as_matrix()
-    return dialogue.format_pose(*pose.pose_from_rotation(turn @ truth))
-
-
-@pytest.fixture
-def runs(tmp_path: Path, tiny_set) -> list[Path]:
-    """Two systems on two sets: one errs by 10 degrees, one by 30 and blends four answers."""
-    folders = []
-    for split in ("train", "test"):
-        shard_set = tiny_set(samples=24, split=split)
-        folders.append(make_result(tmp_path / "runs" / f"good-{split}", shard_set, "good", 10.0))
-        folders.append(make_result(tmp_path / "runs" / f"poor-{split}", shard_set, "poor", 30.0, blended=4))
-    return folders
 
 
 def test_the_table_says_the_errors_that_were_made(runs: list[Path]) -> None:
@@ -105,8 +56,25 @@ def test_forgetting_stands_beside_the_gain(runs: list[Path]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in lines))
     lost = results.forgotten(results.load_results([runs[1]])[0], good)
     assert lost is not None and lost.mean == pytest.approx(-0.5, abs=0.05) and lost.high < 0
-    headings, [_, row] = results.comparison_table([good, results.load_results([runs[1]])[0]])
+    headings, [*_, row] = results.comparison_table([good, results.load_results([runs[1]])[0]])
     assert headings[-1].startswith("grounding") and row[-1].endswith("worse") and row[3].endswith("worse")
+
+
+def test_every_pair_of_systems_is_compared(runs: list[Path], tmp_path: Path) -> None:
+    run = json.loads((runs[0] / "run.json").read_text())
+    make_result(tmp_path / "middle", Path(run["shards"]), "middle", 20.0)
+    loaded = results.load_results([*runs, tmp_path / "middle"])
+    headings, rows = results.comparison_table(loaded)
+    pairs = [(row[1], row[2]) for row in rows if row[0] == "tiny-train"]
+    floor = results.CONSTANT
+    assert pairs == [
+        ("good", floor), ("poor", floor), ("poor", "good"), ("middle", floor), ("middle", "good"), ("middle", "poor")
+    ]  # fmt: skip
+    said = {(row[1], row[2]): dict(zip(headings, row, strict=True)) for row in rows if row[0] == "tiny-train"}
+    assert said["middle", "good"]["pose"].endswith("worse") and said["middle", "poor"]["pose"].endswith("better")
+    by_hand = loaded[4].geodesic_deg.mean() - loaded[1].geodesic_deg.mean()
+    assert said["middle", "poor"]["pose"].startswith(f"{by_hand:+.1f} [")
+    assert len(rows) == 6 + 3
 
 
 def test_tables_of_protocols_sides_and_wrong_kinds(runs: list[Path]) -> None:
@@ -225,9 +193,11 @@ def test_systems_judged_on_different_heads_are_not_compared(runs: list[Path]) ->
 def test_the_report_is_whole_and_the_page_needs_no_other_file(
     runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "out"
-    assert cli.main(["report", *map(str, runs), "--out", str(out)]) == 0
-    assert "poor" in capsys.readouterr().out
+    out, model = tmp_path / "out", tmp_path / "model"
+    model.mkdir()
+    edit(runs[0] / "run.json", model=str(model))
+    assert cli.main(["report", *map(str, runs), "--out", str(out), "--card", str(model)]) == 0
+    assert "poor" in capsys.readouterr().out and "| good |" in (model / "README.md").read_text()
     markdown, page = (out / "report.md").read_text(), (out / "report.html").read_text()
     pictures = re.findall(r"\]\((report/[\w-]+\.png)\)", markdown)
     assert len(pictures) == 6 and all((out / picture).is_file() for picture in pictures)
