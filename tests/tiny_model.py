@@ -9,6 +9,7 @@ from cogvlm_hpe.config import ModelConfig
 from cogvlm_hpe.dialogue import DEFAULT_PROMPTS, Task
 from cogvlm_hpe.model.configuration import CogVLMConfig
 from cogvlm_hpe.model.modeling import CogVLMForCausalLM
+from cogvlm_hpe.model.pixels import normalise
 from cogvlm_hpe.model.tokenizer import FILE_NAME, train_tokenizer
 from cogvlm_hpe.train.batch import Collator
 from shards.index import open_set
@@ -58,11 +59,11 @@ def _teach(model: CogVLMForCausalLM, tokenizer, shard_set: Path, steps: int, tas
         image_size=_SIDE_PX, eos=eos, pad=pad,
     )  # fmt: skip
     [(_, items)] = read_all(open_set(shard_set), 0, 1, batch=8, image_size=_SIDE_PX, limit=8)
-    batch = collator(items)
+    batch = collator(items, torch.stack([item.image for item in items if item.image is not None]))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(steps):
         loss = model(
-            pixel_values=batch.pixel_values,
+            pixel_values=normalise(batch.images),
             image_index=batch.image_index,
             branch_input_ids=batch.input_ids,
             branch_labels=batch.labels,

@@ -16,7 +16,6 @@ from cogvlm_hpe.asking import Question
 from cogvlm_hpe.config import ModelConfig
 from cogvlm_hpe.dialogue import Task
 from cogvlm_hpe.model.layout import IGNORE
-from cogvlm_hpe.model.pixels import normalise
 from shards.record import Record
 from shards.stream import Item
 
@@ -25,7 +24,7 @@ from shards.stream import Item
 class Batch:
     """One micro-batch of one rank."""
 
-    pixel_values: Tensor  # (I, 3, S, S) float, normalised
+    images: Tensor  # (I, 3, S, S) uint8, as the stream gave them: page-locked where there is CUDA
     image_index: Tensor  # (R,)
     input_ids: Tensor  # (R, L)
     attention_mask: Tensor  # (R, L) 1 on real tokens
@@ -74,10 +73,8 @@ class Collator:
         self.at_most, self.min_visible, self.seed = at_most, min_visible, seed
         self.image_size, self.eos, self.pad = image_size, eos, pad
 
-    def __call__(self, items: Sequence[Item]) -> Batch:
-        """Items of one micro-batch; a skipped item stays as a blank image without questions."""
-        blank = torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8)
-        images = torch.stack([blank if item.image is None else item.image for item in items])
+    def __call__(self, items: Sequence[Item], images: Tensor) -> Batch:
+        """Items of one micro-batch and their images (I, 3, S, S); a skipped item, black there, is asked nothing."""
         asked = [(number, question) for number, item in enumerate(items) for question in self._questions(item)]
         return self._batch(images, [item.record for item in items], [item.key for item in items], asked)
 
@@ -102,7 +99,7 @@ class Collator:
         if not rows:  # every rank makes the same calls, so a batch without answers still runs one branch
             index, rows, labels, boxes = [0], [[self.eos]], [[IGNORE]], [[0.0] * 4]
         return Batch(
-            pixel_values=normalise(images),
+            images=images,
             image_index=torch.tensor(index),
             input_ids=_pad(rows, self.pad),
             attention_mask=_pad([[1] * len(row) for row in rows], 0),

@@ -24,7 +24,8 @@ from launcher.progress import Progress
 from launcher.supervise import StopFlag
 from launcher.watchdog import Watchdog
 from shards.plan import Plan
-from shards.stream import Item, Stream
+from shards.stream import Batch as Share
+from shards.stream import Stream
 
 
 @dataclass
@@ -91,11 +92,13 @@ def run_loop(run: Run, flag: StopFlag) -> int:
     return 0
 
 
-def next_batches(run: Run, batches: Iterator[tuple[int, list[Item]]], tally: Tally) -> list[Batch]:
+def next_batches(run: Run, shares: Iterator[Share], tally: Tally) -> list[Batch]:
     """This rank's micro-batches of the next global step."""
     start_s, micro = time.monotonic(), run.config.train.micro_batch
-    _, items = next(batches)
-    out = [run.collator(items[i : i + micro]) for i in range(0, len(items), micro)]
+    share = next(shares)
+    (_, items), images = share, share.images
+    assert images is not None, "a run's images are of one size"
+    out = [run.collator(items[i : i + micro], images[i : i + micro]) for i in range(0, len(items), micro)]
     tally.wait_s += time.monotonic() - start_s
     tally.images += len(items)
     tally.text_tokens += sum(batch.n_text_tokens for batch in out)

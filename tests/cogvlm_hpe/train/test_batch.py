@@ -25,13 +25,15 @@ def collator(at_most: int = 8) -> Collator:
     )  # fmt: skip
 
 
-def items_of(folder: Path, batch: int = 6) -> list[Item]:
+def share_of(folder: Path, batch: int = 6) -> tuple[list[Item], torch.Tensor]:
     shard_set = open_set(folder)
-    return next(iter(Stream([shard_set], Plan([len(shard_set)], [1.0], 0, batch), 0, 1, image_size=28)))[1]
+    share = next(iter(Stream([shard_set], Plan([len(shard_set)], [1.0], 0, batch), 0, 1, image_size=28)))
+    assert share.images is not None
+    return share[1], share.images
 
 
 def test_only_answers_carry_labels(tiny_set) -> None:
-    batch = collator()(items_of(tiny_set()))
+    batch = collator()(*share_of(tiny_set()))
     assert batch.n_answers == len(batch.input_ids) == len(batch.image_index) > 6
     for ids, labels in zip(batch.input_ids, batch.labels, strict=True):
         answer = labels != IGNORE
@@ -42,7 +44,7 @@ def test_only_answers_carry_labels(tiny_set) -> None:
 
 
 def test_boxes_are_of_what_is_asked_about(tiny_set) -> None:
-    batch = collator()(items_of(tiny_set()))
+    batch = collator()(*share_of(tiny_set()))
     for task, box, labels in zip(batch.tasks, batch.boxes, batch.labels, strict=True):
         if task == "where":
             text = TOKENIZER.decode(labels[labels != IGNORE][:-1].tolist())
@@ -52,16 +54,16 @@ def test_boxes_are_of_what_is_asked_about(tiny_set) -> None:
 
 
 def test_a_skipped_sample_is_a_blank_image_without_questions(tiny_set) -> None:
-    items = items_of(tiny_set(), batch=2)
+    items, images = share_of(tiny_set(), batch=2)
     hole = Item(items[1].slot, "bad", None, None)
-    batch = collator()([items[0], hole])
-    assert len(batch.pixel_values) == 2
+    batch = collator()([items[0], hole], images)
+    assert batch.images is images
     assert set(batch.image_index.tolist()) == {0}
 
 
 def test_a_batch_of_holes_still_runs_one_branch(tiny_set) -> None:
-    hole = Item(items_of(tiny_set(), batch=1)[0].slot, "bad", None, None)
-    batch = collator()([hole])
+    items, images = share_of(tiny_set(), batch=1)
+    batch = collator()([Item(items[0].slot, "bad", None, None)], images)
     assert batch.n_answers == 0
     assert (batch.labels == IGNORE).all() and len(batch.input_ids) == 1
 
