@@ -9,19 +9,75 @@ set, and trains LoRA on the tiny base.
 """
 
 import argparse
+import json
 import random
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 import yaml
 
 ADAPTER = "adapter_model.safetensors"
+START_S = 8.0  # within which a start is killed
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+
+
+class Started(Protocol):
+    """A run under way."""
+
+    @property
+    def pids(self) -> list[int]:
+        """Of its ranks, in their order, once there are all of them."""
+        ...
+
+    def poll(self) -> int | None:
+        """The exit code, or None."""
+        ...
+
+    def wait(self) -> int:
+        """The exit code."""
+        ...
+
+
+class Launched:
+    """A run started through the launcher that users take, which here must not start it again by itself."""
+
+    def __init__(self, config: Path, run_dir: Path, nproc: int) -> None:
+        words = ["train", str(config), "--nproc", str(nproc), "--run-dir", str(run_dir), "--resume"]
+        words += ["--max-restarts", "0"]
+        with (run_dir.parent / f"{run_dir.name}.log").open("ab") as log:
+            self._launcher = subprocess.Popen([sys.executable, "-m", "launcher", *words], stdout=log, stderr=log)
+        self._nproc = nproc
+
+    @property
+    def pids(self) -> list[int]:
+        """Of its ranks; none where it ends before there are any."""
+        found: dict[int, int] = {}
+        while len(found) < self._nproc and self.poll() is None:
+            for process in psutil.Process(self._launcher.pid).children(recursive=True):
+                try:
+                    words = process.cmdline()
+                except psutil.Error:
+                    continue
+                number = next((word[13:] for word in words if word.startswith("--local_rank=")), None)
+                if number is not None and "cogvlm_hpe" in words:
+                    found[int(number)] = process.pid
+            time.sleep(0.1)
+        return [found[number] for number in sorted(found)]
+
+    def poll(self) -> int | None:
+        """The launcher's exit code, or None."""
+        return self._launcher.poll()
+
+    def wait(self) -> int:
+        """The launcher's exit code."""
+        return self._launcher.wait()
 
 
 def make_config(folder: Path, kills: int) -> Path:
@@ -41,64 +97,67 @@ def make_config(folder: Path, kills: int) -> Path:
     return path
 
 
-def start(config: Path, run_dir: Path, nproc: int) -> subprocess.Popen[bytes]:
-    """The run through the launcher that users take, which here must not start it again by itself."""
-    words = ["train", str(config), "--nproc", str(nproc), "--run-dir", str(run_dir), "--resume", "--max-restarts", "0"]
-    with (run_dir.parent / f"{run_dir.name}.log").open("ab") as log:
-        return subprocess.Popen([sys.executable, "-m", "launcher", *words], stdout=log, stderr=log)
-
-
-def ranks_of(launched: subprocess.Popen[bytes], nproc: int) -> list[psutil.Process]:
-    """The run's ranks, once there are all of them."""
-    found: dict[int, psutil.Process] = {}
-    while len(found) < nproc and launched.poll() is None:
-        for process in psutil.Process(launched.pid).children(recursive=True):
-            try:
-                words = process.cmdline()
-            except psutil.Error:
-                continue
-            number = next((word[13:] for word in words if word.startswith("--local_rank=")), None)
-            if number is not None and "cogvlm_hpe" in words:
-                found[int(number)] = process
-        time.sleep(0.1)
-    return [found[number] for number in sorted(found)]
-
-
-def lines_of(run_dir: Path) -> int:
-    """Lines its metrics have: how far it is."""
+def step_of(run_dir: Path) -> int:
+    """The last step that its metrics tell of."""
     path = run_dir / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.is_file() else 0
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    return max((json.loads(line)["global_step"] for line in lines if line.endswith("}\n")), default=0)
 
 
-def wait_for_steps(launched: subprocess.Popen[bytes], run_dir: Path, steps: int) -> None:
-    """Until this start has made so many steps; a start first says so in run.json and cuts off what it writes again."""
-    path, begun_s = run_dir / "run.json", time.time()
-    while launched.poll() is None and not (path.is_file() and path.stat().st_mtime > begun_s):
-        time.sleep(0.05)
-    time.sleep(0.5)
-    before = lines_of(run_dir)
-    while launched.poll() is None and lines_of(run_dir) < before + steps:
+def wait_for_steps(started: Started, run_dir: Path, begun_s: float, steps: int) -> None:
+    """Until this start has made so many steps; it first says in run.json from where it goes on."""
+    path = run_dir / "run.json"
+    while started.poll() is None and not (path.is_file() and path.stat().st_mtime > begun_s):
+        time.sleep(0.02)
+    first = json.loads(path.read_text())["starts"][-1]["first_step"] if path.is_file() else 0
+    while started.poll() is None and step_of(run_dir) < first + steps:
         time.sleep(0.02)
 
 
-def disturb(config: Path, run_dir: Path, nproc: int, chance: random.Random, kind: str) -> int:
-    """One start of the run and one disturbance; the exit code."""
-    launched = start(config, run_dir, nproc)
-    ranks = ranks_of(launched, nproc)
+def send(pid: int, number: signal.Signals, run_dir: Path) -> int:
+    """Signal one rank, which stands still meanwhile, and with it the whole run; the step at which that was."""
+    try:
+        victim = psutil.Process(pid)
+        victim.suspend()
+        while victim.status() != psutil.STATUS_STOPPED:
+            time.sleep(0.001)
+        step = step_of(run_dir)
+        victim.send_signal(number)
+        victim.resume()
+    except psutil.NoSuchProcess:  # killed, or gone by itself
+        return step_of(run_dir)
+    return step
+
+
+def disturb(start: Callable[[], Started], run_dir: Path, max_steps: int, chance: random.Random, kind: str) -> int:
+    """One start of the run and one disturbance; the exit code. Raises SystemExit where a signal was not heard."""
+    begun_s, started = time.time(), start()
+    pids = started.pids
     if kind == "kill at start":
-        time.sleep(chance.uniform(0, 8))
+        time.sleep(chance.uniform(0, START_S))
     else:
-        wait_for_steps(launched, run_dir, chance.randint(1, 3))
-        time.sleep(chance.uniform(0, 0.3))
-    victim = chance.randrange(nproc)
+        wait_for_steps(started, run_dir, begun_s, chance.randint(1, 3))
+        time.sleep(chance.uniform(0, 0.3) if kind == "kill" else 0.0)
     number = chance.choice(_STOPS) if kind == "signal" else signal.SIGKILL
-    if launched.poll() is None:
-        ranks[victim].send_signal(number)
-    code = launched.wait()
-    print(f"{kind}: {number.name} to rank {victim}, exit code {code}, {lines_of(run_dir)} lines", flush=True)
-    if kind == "signal" and code not in (85, 0):
+    rank = chance.randrange(len(pids)) if pids else 0
+    step = send(pids[rank], number, run_dir) if pids else 0
+    code = started.wait()
+    print(f"{kind}: {number.name} to rank {rank} after step {step}, exit code {code}", flush=True)
+    # A rank that has agreed on the step after this one hears of it in the one after that, which must not be the last.
+    if kind == "signal" and code != 85 and (code != 0 or step < max_steps - 2):
         raise SystemExit(f"a signal to one rank must end all with exit code 85, not {code}")
     return code
+
+
+def storm(
+    start: Callable[[], Started], run_dir: Path, max_steps: int, chance: random.Random, kinds: Sequence[str]
+) -> list[int]:
+    """Disturb the run in these ways, and let it come to its end; the exit codes of all starts."""
+    codes: list[int] = []
+    for kind in kinds:
+        if 0 not in codes:
+            codes.append(disturb(start, run_dir, max_steps, chance, kind))
+    return codes if 0 in codes else [*codes, start().wait()]
 
 
 def main() -> int:
@@ -113,20 +172,18 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.dir or Path(temporary)
-        config = args.config or make_config(folder, args.kills)
-        calm, storm, chance = folder / "calm", folder / "storm", random.Random(args.seed)
-        if start(config, calm, args.nproc).wait():
+        config = args.config or make_config(folder, args.kills + args.signals)
+        calm, stormy, chance = folder / "calm", folder / "storm", random.Random(args.seed)
+        if Launched(config, calm, args.nproc).wait():
             raise SystemExit(f"the undisturbed run failed; see {calm}.log")
         kinds = ["kill", *chance.choices(["kill", "kill at start"], k=args.kills - 1)] + ["signal"] * args.signals
-        done = 0
-        for kind in kinds:
-            done += 1
-            if disturb(config, storm, args.nproc, chance, kind) == 0:
-                break
-        if start(config, storm, args.nproc).wait():
-            raise SystemExit(f"the last start failed; see {storm}.log")
-        same = (calm / "last" / ADAPTER).read_bytes() == (storm / "last" / ADAPTER).read_bytes()
-    print(f"{done} of {len(kinds)} disturbances before the run was through; the adapters are the same bytes: {same}")
+        max_steps = yaml.safe_load(config.read_text())["train"]["max_steps"]
+        codes = storm(lambda: Launched(config, stormy, args.nproc), stormy, max_steps, chance, kinds)
+        if codes[-1]:
+            raise SystemExit(f"the last start failed; see {stormy}.log")
+        same = (calm / "last" / ADAPTER).read_bytes() == (stormy / "last" / ADAPTER).read_bytes()
+    print(f"{len(codes) - 1} disturbances of {len(kinds)}, {codes.count(85)} of them signals that were heard")
+    print(f"the adapters are the same bytes: {same}")
     return 0 if same else 1
 
 

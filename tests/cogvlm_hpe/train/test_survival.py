@@ -1,28 +1,36 @@
-"""Long runs: judged on the way, disturbed, poisoned. Real ranks under the real launchers."""
+"""Long runs: judged on the way, disturbed, poisoned. Real ranks."""
 
 import dataclasses
 import json
-import os
-import subprocess
+import random
+import signal
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from forked import Ranks, train
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_model import write_tiny_model
 from tiny_source import TinySource
 
+sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
+import chaos
+
 from cogvlm_hpe.model.tokenizer import load_tokenizer
-from launcher.comm import single
-from launcher.world import free_port
+from cogvlm_hpe.train.command import parse
+from cogvlm_hpe.train.loop import Tally, next_batches, train_step
+from cogvlm_hpe.train.setup import setup
+from launcher.comm import from_torch, single
+from launcher.errors import UserError
+from launcher.world import discover
 from shards.record import Object
 from shards.write import Sample, build
 
-ROOT = Path(__file__).parents[3]
-STEPS = 6
+LONG = 30  # steps: many more than the disturbances can use up
 pytestmark = pytest.mark.slow
 
 
@@ -54,7 +62,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "batch": 8,
         },
         "train": {
-            "max_steps": STEPS, "lr": 0.01, "warmup_steps": 1, "micro_batch": 2, "zero_stage": 3,
+            "max_steps": 3, "lr": 0.01, "warmup_steps": 1, "micro_batch": 2, "zero_stage": 3,
             "save_every": 1, "log_every": 1, "async_save": True,
         },
         "evaluate": {"batch": 2, "questions": 3, "limit": 5, "max_new_tokens": 18},
@@ -63,17 +71,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def environment(**more: str) -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1"} | more
-
-
-def train(place: Path, run: str, *more: str, ranks: int = 1) -> subprocess.CompletedProcess:
-    words = ["train", "--config", str(place / "lora.yaml"), "--run_dir", str(place / run), *more]
-    argv = [sys.executable, "-m", "cogvlm_hpe", *words]
-    if ranks > 1:
-        deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-        argv = [deepspeed, "--num_gpus", str(ranks), "--master_port", str(free_port()), "--module", "cogvlm_hpe"]
-    return subprocess.run([*argv, *(words if ranks > 1 else [])], capture_output=True, text=True, env=environment())
+def words_of(place: Path, run: str, *more: str) -> list[str]:
+    return ["--config", str(place / "lora.yaml"), "--run_dir", str(place / run), *more]
 
 
 def scores(place: Path, run: str) -> dict[int, dict[str, float]]:
@@ -83,10 +82,10 @@ def scores(place: Path, run: str) -> dict[int, dict[str, float]]:
 
 def test_a_run_is_judged_alike_on_any_ranks_and_stage(place: Path) -> None:
     """Two ranks under ZeRO-3, where ranks have unequal shares, and one rank without."""
-    how = ("--train.evaluate_every", "2", "--train.max_steps", "3")
+    how = ("--train.evaluate_every", "2")
     for run, ranks, stage in (("one", 1, "1"), ("split", 2, "3")):
-        done = train(place, run, *how, "--train.zero_stage", stage, ranks=ranks)
-        assert done.returncode == 0, done.stderr
+        done = train(words_of(place, run, *how, "--train.zero_stage", stage), ranks, place / f"{run}.txt")
+        assert done.wait() == 0, done.said
     one, split = scores(place, "one"), scores(place, "split")
     assert list(one) == [0, 2, 3] and one[0] == split[0]
     assert one[0]["evaluate/grounding_lost"] == 0.0
@@ -103,16 +102,29 @@ def test_a_run_is_judged_alike_on_any_ranks_and_stage(place: Path) -> None:
     assert {"evaluate/geodesic_deg", "adapter/norm_language.attention", "train/tokens_per_s"} <= set(tags["scalars"])
 
 
-def test_kills_and_a_signal_to_one_rank_change_nothing(place: Path) -> None:
-    """The short version of benchmarks/chaos.py: one kill -9, one request to one rank alone, same bytes in the end."""
-    words = ["--config", str(place / "lora.yaml"), "--dir", str(place), "--kills", "1", "--signals", "1"]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "chaos.py"), *words],
-        capture_output=True, text=True, env=environment(PYTHONPATH=str(ROOT)),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "the adapters are the same bytes: True" in done.stdout
-    assert "signal: " in done.stdout and "exit code 85" in done.stdout
+@pytest.fixture(scope="module")
+def codes(place: Path) -> list[int]:
+    """An undisturbed run, `calm`, and one that a kill -9 and two signals to one rank hit; its exit codes."""
+    more = ["--train.max_steps", str(LONG), "--train.save_every", "2"]
+    calm = train(words_of(place, "calm", *more), 2, place / "calm.txt")
+    assert calm.wait() == 0, calm.said
+
+    def start() -> Ranks:
+        return train(words_of(place, "storm", *more, "--resume"), 2, place / "storm.txt")
+
+    return chaos.storm(start, place / "storm", LONG, random.Random(1), ["signal", "kill", "signal"])
+
+
+def test_one_rank_signalled_all_ranks_leave(codes: list[int]) -> None:
+    """Both ranks with 85, at a step that the next start goes on from."""
+    assert codes == [85, -signal.SIGKILL, 85, 0]
+
+
+def test_kills_and_signals_to_one_rank_change_nothing(place: Path, codes: list[int]) -> None:
+    """The short version of benchmarks/chaos.py."""
+    calm, storm = ((place / run / "last" / chaos.ADAPTER).read_bytes() for run in ("calm", "storm"))
+    assert calm == storm
+    assert len(json.loads((place / "storm" / "run.json").read_text())["starts"]) == len(codes)
 
 
 @pytest.fixture(scope="module")
@@ -130,17 +142,32 @@ def poisoned(place: Path) -> Path:
     return folder
 
 
+def until_refused(out: Path, words: list[str]) -> None:
+    """All ranks. Steps until one is refused; what this rank saw."""
+    world = discover()
+    run = setup(parse(words)[0], world, from_torch(world), resume=False, allow_change=False)
+    batches, said, step = iter(run.stream), "", 0
+    run.engine.set_lr(0.01)
+    while not said:
+        before = run.engine.weights()
+        micro_batches = next_batches(run, batches, Tally())
+        n_global = run.comm.sum(np.array(sum(batch.n_answers for batch in micro_batches)))
+        keys = [key for batch in micro_batches for key in batch.keys]
+        try:
+            train_step(run, step, micro_batches, int(n_global), Tally())
+        except UserError as error:
+            said = str(error)
+        step += 1
+    after = run.engine.weights()
+    same = all(before[name].equal(after[name]) for name in before)
+    out.with_suffix(f".{world.rank}").write_text(json.dumps({"said": said, "same": same, "keys": keys}))
+
+
 def test_nonfinite_step_changes_nothing(place: Path, poisoned: Path) -> None:
     """At stage 0, where DeepSpeed itself would let it through."""
-    words = ["--config", str(place / "lora.yaml"), "--run_dir", str(place / "bad"), "--train.zero_stage", "0"]
-    words += ["--model.base", str(poisoned), "--train.micro_batch", "1"]
-    port = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    program = [sys.executable, str(Path(__file__).with_name("poisoned_ranks.py")), str(place / "seen"), *words]
-    ranks = [
-        subprocess.Popen(program, env=environment(**port, RANK=str(rank), LOCAL_RANK=str(rank), PYTHONPATH=str(ROOT)))
-        for rank in (0, 1)
-    ]
-    assert [process.wait(timeout=540) for process in ranks] == [0, 0]
+    words = words_of(place, "bad", "--train.zero_stage", "0", "--model.base", str(poisoned), "--train.micro_batch", "1")
+    done = Ranks(2, until_refused, place / "seen", words, said=place / "bad.txt")
+    assert done.wait() == 0, done.said
     seen = [json.loads((place / f"seen.{rank}").read_text()) for rank in (0, 1)]
     odd = "tiny-train-000010"
     assert sum(odd in of_rank["keys"] for of_rank in seen) == 1, "one rank has it"
