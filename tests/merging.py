@@ -66,7 +66,7 @@ def make_adapter(folder: Path, seed: int = 1, **options: object) -> Path:
 def make_base(folder: Path, dtype: torch.dtype = torch.float32) -> Base:
     """Its original weights as a base folder."""
     folder.mkdir()
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text('{"rms_norm_eps": 1e-05}')
     save_file(make_tower().to(dtype).state_dict(), folder / "model.safetensors")
     return Base(folder)
 

@@ -15,11 +15,6 @@ Weights = Sequence[Mapping[str, float]]
 _PARALLEL = 0.9995  # beyond this cosine, sin(angle) divides rounding errors: a straight line instead
 
 
-def scale(factors: Factors, weight: float) -> dict[str, Factor]:
-    """Task arithmetic with one adapter: every layer's part times `weight`. Exact: only the scale changes."""
-    return {name: replace(factor, scale=weight * factor.scale) for name, factor in factors.items()}
-
-
 def weighted_sum(parts: Sequence[Factors], weights: Weights) -> dict[str, Factor]:
     """Σ weight · adapter (task arithmetic, and concatenation where every weight is 1)."""
     return add([_weighted(part, of) for part, of in zip(parts, weights, strict=True)])

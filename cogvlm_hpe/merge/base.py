@@ -57,21 +57,14 @@ def will_need(rows: torch.Tensor) -> None:
     ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_WILLNEED)
 
 
-def check_fingerprint(base: Base, adapter: Adapter) -> str | None:
-    """The base's fingerprint, after comparing it with the one in hpe.json; None for an adapter that carries none.
-
-    Raises UserError where they differ: factors mean nothing on another base.
-    """
+def check_fingerprint(base: Base, adapter: Adapter) -> None:
+    """Raise UserError where hpe.json names another base: factors mean nothing there. A foreign adapter names none."""
     wanted = adapter.hpe.get("base_fingerprint")
-    if wanted is None:
-        return None
-    found = fingerprint(base.path)
-    if found != wanted:
+    if wanted is not None and (found := fingerprint(base.path)) != wanted:
         raise UserError(
             f"adapter {adapter.path} was trained on another base: its hpe.json says fingerprint {str(wanted)[:16]}…, "
             f"{base.path} has {found[:16]}…; give that base with --base"
         )
-    return found
 
 
 def check_together(adapters: Sequence[Adapter]) -> None:

@@ -84,7 +84,10 @@ def _add_layerwise(parser: argparse.ArgumentParser) -> None:
 
 
 def _numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: write numbers with commas between them, e.g. 0.3,0.5") from None
 
 
 def run(args: argparse.Namespace) -> int:
@@ -112,12 +115,14 @@ def read_settings(args: argparse.Namespace) -> Settings:
 def _show(settings: Settings, written: "list[tuple[str, Merged, dict[str, float]]]") -> None:
     from rich.console import Console
 
+    from cogvlm_hpe.merge.layerwise import DIGITS
+
     console = Console(width=None if sys.stdout.isatty() else _LOG_WIDTH)
     for name, merged, losses in written:
         if settings.sweeps:
             record = merged.record
-            said = f"threshold {record['threshold']:.6g}, {record['tuned']} of {record['layers_total']} layers tuned"
-            console.print(f"{name}: {said}", highlight=False)
+            stay = f"{record['tuned']} of {record['layers_total']} layers tuned"
+            console.print(f"{name}: threshold {record['threshold']:{DIGITS}}, {stay}", highlight=False)
         elif merged.choices:
             _show_choices(console, merged)
         if losses:
@@ -128,15 +133,16 @@ def _show(settings: Settings, written: "list[tuple[str, Merged, dict[str, float]
 def _show_choices(console: "Console", merged: "Merged") -> None:
     from rich.table import Table
 
+    from cogvlm_hpe.merge.layerwise import DIGITS
     from cogvlm_hpe.merge.report import winner
 
-    table = Table(title=f"Similarity threshold {merged.record['threshold']:.6g}, keep {merged.record['keep']}")
+    table = Table(title=f"Similarity threshold {merged.record['threshold']:{DIGITS}}, keep {merged.record['keep']}")
     table.add_column("layer", overflow="fold")
     table.add_column("similarity", justify="right")
     table.add_column("winner")
     for choice in merged.choices:
         style = None if choice.tuned else "dim"
-        table.add_row(choice.layer, f"{choice.similarity:.6f}", winner(choice), style=style)
+        table.add_row(choice.layer, f"{choice.similarity:{DIGITS}}", winner(choice), style=style)
     console.print(table)
     console.print(f"{merged.record['tuned']} of {merged.record['layers_total']} layers stay tuned", highlight=False)
 

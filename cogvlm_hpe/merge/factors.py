@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from cogvlm_hpe.model.weights import read_json
 from launcher.errors import UserError
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -66,33 +67,28 @@ class Adapter:
 
 def read_adapter(path: Path) -> Adapter:
     """Read a peft LoRA folder. Raises UserError where it is no plain LoRA adapter or holds non-finite numbers."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = Path(path)
-    config = _read_json(path / ADAPTER_CONFIG, "an adapter folder needs it")
+    config = read_json(path / ADAPTER_CONFIG)
     _check_plain_lora(path, config)
     try:
         tensors = load_file(path / ADAPTER_TENSORS)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path / ADAPTER_TENSORS}: cannot be read ({error}); save the adapter again") from None
-    except Exception as error:  # safetensors' own error class differs between its releases
-        raise UserError(f"{path / ADAPTER_TENSORS}: not a safetensors file ({error}); save the adapter again") from None
-    hpe = _read_json(path / HPE_CONFIG, "") if (path / HPE_CONFIG).exists() else {}
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path / ADAPTER_TENSORS}: not a whole safetensors file ({error}); save the adapter again"
+        ) from None
+    hpe = read_json(path / HPE_CONFIG) if (path / HPE_CONFIG).exists() else {}
     return Adapter(path, _pair(path, tensors, config), config, hpe)
-
-
-def _read_json(path: Path, why: str) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {why}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable JSON ({error})") from None
 
 
 def _check_plain_lora(path: Path, config: Mapping[str, Any]) -> None:
     if config.get("peft_type") != "LORA":
         raise UserError(f"{path}: peft_type {config.get('peft_type')!r}: only LORA adapters have factors to merge")
+    for key in ("r", "lora_alpha"):
+        if not isinstance(config.get(key), int | float):
+            raise UserError(f"{path}: {ADAPTER_CONFIG} has no number {key}; save the adapter again")
     for key, plain in _UNSUPPORTED.items():
         if config.get(key, plain) not in (plain, None, []):
             raise UserError(
@@ -161,8 +157,15 @@ def write_adapter(
         | _layers_config(factors, bool(like.config.get("use_rslora")))
         | {"base_model_name_or_path": str(base)}
     )
-    _write_json(folder / ADAPTER_CONFIG, config)
-    _write_json(folder / HPE_CONFIG, like.hpe | ({"merge": dict(merge)} if merge else {}))
+    _write_sorted(folder / ADAPTER_CONFIG, config)
+    write_notes(folder, like.hpe, merge)
+
+
+def write_notes(folder: Path, notes: Mapping[str, Any], merge: Mapping[str, Any] | None = None) -> None:
+    """Write hpe.json into an existing folder; of a `merge` without the scores, which its input had."""
+    if merge:
+        notes = {key: value for key, value in notes.items() if key != "scores"} | {"merge": dict(merge)}
+    _write_sorted(folder / HPE_CONFIG, notes)
 
 
 def _layers_config(factors: Factors, rslora: bool) -> dict[str, Any]:
@@ -197,5 +200,5 @@ def _commonest(values: Iterable[float]) -> float:
     return int(value) if value == int(value) else value
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+def _write_sorted(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

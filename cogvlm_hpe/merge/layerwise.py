@@ -17,11 +17,12 @@ import numpy as np
 from cogvlm_hpe.merge.base import Base
 from cogvlm_hpe.merge.factors import Factor, Factors
 from cogvlm_hpe.merge.products import Products, base_and_tuned, of_changes
-from launcher.errors import UsageError, UserError
+from launcher.errors import UserError
 
 Granularity = Literal["projection", "module", "block"]
 Keep = Literal["above", "below"]
 DEFAULT_QUANTILE = 0.5
+DIGITS = ".9g"  # a small LoRA on large weights: similarities differ in the seventh decimal
 
 
 @dataclass(frozen=True)
@@ -72,14 +73,10 @@ def _cosines(products: Mapping[str, Products], granularity: Granularity) -> dict
 def threshold_of(
     found: Mapping[str, float], threshold: float | None, quantile: float | None, keep: Keep = "above"
 ) -> float:
-    """The similarity that decides: given, or the quantile of those found (one of them); a group's own value."""
-    if threshold is not None and quantile is not None:
-        raise UsageError("--threshold and --quantile exclude each other; give one")
+    """The similarity that decides: the one given, else the quantile of those found, which is one of them."""
     if threshold is not None:
         return threshold
     quantile = DEFAULT_QUANTILE if quantile is None else quantile
-    if not 0.0 <= quantile <= 1.0:
-        raise UsageError(f"--quantile {quantile}: must be within [0, 1]")
     return float(np.quantile(list(found.values()), quantile, method="higher" if keep == "above" else "lower"))
 
 
@@ -99,8 +96,8 @@ def choose(
     if not any(choice.tuned for choice in choices):
         best = max(found.values()) if keep == "above" else min(found.values())
         raise UserError(
-            f"no layer is at similarity {threshold:g} or {keep} ({'highest' if keep == 'above' else 'lowest'}: "
-            f"{best:.6f}), so nothing would stay tuned; move --threshold beyond that or use --quantile"
+            f"no layer is at similarity {threshold:{DIGITS}} or {keep} ({'highest' if keep == 'above' else 'lowest'}: "
+            f"{best:{DIGITS}}), so nothing would stay tuned; move --threshold beyond that or use --quantile"
         )
     return choices
 

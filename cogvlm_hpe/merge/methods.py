@@ -1,5 +1,6 @@
 """From settings and adapters to the merged change of every layer: as factors where that is exact, else dense."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -14,7 +15,7 @@ from cogvlm_hpe.merge.arithmetic import Weights
 from cogvlm_hpe.merge.base import Base, check_fingerprint, check_together
 from cogvlm_hpe.merge.factors import ADAPTER_TENSORS, Adapter, Factors
 from cogvlm_hpe.merge.layerwise import Choice, Granularity, Keep
-from cogvlm_hpe.merge.settings import DEFAULTS, ELEMENTWISE, Settings
+from cogvlm_hpe.merge.settings import DARE, DEFAULTS, ELEMENTWISE, Settings
 from cogvlm_hpe.model.fingerprint import fingerprint
 from launcher.errors import UsageError, UserError
 from launcher.files import sha256
@@ -109,7 +110,7 @@ def merge(settings: Settings, base: Base, adapters: Sequence[Adapter]) -> list[t
 
 def _record(settings: Settings, base: Base, adapters: Sequence[Adapter]) -> dict[str, Any]:
     said = {key: getattr(settings, key) for key in _RECORDED if getattr(settings, key) != getattr(DEFAULTS, key)}
-    if settings.method in ELEMENTWISE and settings.method.startswith("dare"):
+    if settings.method in DARE:
         said["seed"] = settings.seed
     origins = [
         {"name": adapter.path.resolve().name, "weight": weight, "sha256": sha256(adapter.path / ADAPTER_TENSORS)}
@@ -170,7 +171,7 @@ def _pattern(said: str, count: int) -> tuple[str, list[float]]:
         factors = [float(number) for number in numbers.split(",")]
     except ValueError:
         factors = []
-    if not pattern or len(factors) not in (1, count):
+    if not pattern or len(factors) not in (1, count) or not all(map(math.isfinite, factors)):
         raise UsageError(f"--layer-weight {said}: write PATTERN=WEIGHT, or PATTERN=W1,W2,… for {count} adapters")
     return pattern, factors * count if len(factors) == 1 else factors
 
@@ -185,8 +186,8 @@ def _layerwise(
     else:
         found = layerwise.similarities(base, tuned, granularity)
     wanted: list[tuple[str, float | None, float | None]]
-    wanted = [(f"quantile-{value:g}", None, value) for value in settings.sweep]
-    wanted += [(f"threshold-{value:g}", value, None) for value in settings.sweep_thresholds]
+    wanted = [(f"quantile-{value:.15g}", None, value) for value in settings.sweep]
+    wanted += [(f"threshold-{value:.15g}", value, None) for value in settings.sweep_thresholds]
     if not wanted:
         return [("", _candidate(settings, found, tuned, rest, record, settings.threshold, settings.quantile))]
     out = []

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cogvlm_hpe.merge.layerwise import Choice
+from cogvlm_hpe.merge.layerwise import DIGITS, Choice
 
 _PAPER = "as in HPE-CogVLM, arXiv 2406.01914, whose public text gives no threshold: this one is our choice"
 _RULE = {
@@ -61,7 +61,7 @@ def markdown(merge: dict[str, Any], layers: Sequence[dict[str, Any]]) -> str:
 
 
 def _cell(value: Any) -> str:
-    return f"{value:.6f}" if isinstance(value, float) else str(value)
+    return f"{value:{DIGITS}}" if isinstance(value, float) else str(value)
 
 
 def sweep(rows: Sequence[dict[str, Any]]) -> str:
@@ -124,10 +124,7 @@ def tensorboard(folder: Path, text: str) -> None:
 
 def heatmap(path: Path, choices: Sequence[Choice], merge: dict[str, Any]) -> None:
     """PNG of similarities: numbered layers down, projections across, a cross where the base (or first) won."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     towers: dict[str, dict[tuple[int, str], Choice]] = {}
     for choice in choices:
@@ -136,7 +133,8 @@ def heatmap(path: Path, choices: Sequence[Choice], merge: dict[str, Any]) -> Non
     tallest = max(len({row for row, _ in cells}) for cells in towers.values())
     widest = sum(len({column for _, column in cells}) for cells in towers.values())
     size = (3.0 + 1.2 * widest + 1.5 * len(towers), 3.0 + 0.28 * tallest)
-    figure, axes = plt.subplots(1, len(towers), figsize=size, squeeze=False, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")  # not pyplot's: that one belongs to whoever imports us
+    axes = figure.subplots(1, len(towers), squeeze=False)
     two = len(merge["adapters"]) == 2
     low = min(choice.similarity for choice in choices)
     high = max(choice.similarity for choice in choices) if two else 1.0
@@ -144,9 +142,8 @@ def heatmap(path: Path, choices: Sequence[Choice], merge: dict[str, Any]) -> Non
         image = _panel(axis, tower, cells, (low, high))
     figure.colorbar(image, ax=axes[0].tolist(), label=_HEAT[two][0])
     sign = "≥" if merge["keep"] == "above" else "≤"
-    figure.suptitle(f"{_HEAT[two][1]}: similarity {sign} {merge['threshold']:.6g}; × = {_HEAT[two][2]}")
+    figure.suptitle(f"{_HEAT[two][1]}: similarity {sign} {merge['threshold']:{DIGITS}}; × = {_HEAT[two][2]}")
     figure.savefig(path, dpi=110, metadata={"Software": None})
-    plt.close(figure)
 
 
 _HEAT = {

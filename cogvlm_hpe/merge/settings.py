@@ -1,5 +1,6 @@
 """What a merge is asked to do: from flags, from a YAML file, or from code; and which of it cannot be meant."""
 
+import math
 import types
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,14 +9,14 @@ from typing import Any, get_args, get_origin, get_type_hints
 from launcher.errors import UsageError, UserError
 
 EXACT = ("layerwise", "linear", "task-arithmetic", "cat", "slerp")
-ELEMENTWISE = ("ties", "dare-linear", "dare-ties", "magnitude-prune", "breadcrumbs")
+DARE = ("dare-linear", "dare-ties")
+ELEMENTWISE = ("ties", *DARE, "magnitude-prune", "breadcrumbs")
 METHODS = EXACT + ELEMENTWISE
 OUTPUTS = ("adapter", "hf", "sat")
 GRANULARITIES = ("projection", "module", "block")
 KEEPS = ("above", "below")
 _CHOICES = {"method": METHODS, "keep": KEEPS, "output": OUTPUTS, "granularity": GRANULARITIES}
 _LAYERWISE_ONLY = ("threshold", "quantile", "sweep", "sweep_thresholds", "keep", "granularity")
-_DENSE_ONLY = ("max_shard_gb", "every_token")
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,12 @@ def _check_method(settings: Settings) -> None:
         _refuse(settings, ("weight", "layer_weight"), "the other methods; this one takes layers as they are")
     if method != "slerp":
         _refuse(settings, ("t",), "--method slerp")
+    if method != "breadcrumbs":
+        _refuse(settings, ("gamma",), "--method breadcrumbs")
+    if method not in DARE:
+        _refuse(settings, ("seed",), f"--method {' or '.join(DARE)}")
     if method not in ELEMENTWISE:
-        _refuse(settings, ("density", "gamma", "seed", "rank"), f"one of {', '.join(ELEMENTWISE)}")
+        _refuse(settings, ("density", "rank"), f"one of {', '.join(ELEMENTWISE)}")
     elif settings.density is None:
         raise UsageError(f"--method {method} needs --density, the share of elements that stays, e.g. 0.2")
     if settings.weight and len(settings.weight) != count:
@@ -130,6 +135,11 @@ def _check_numbers(settings: Settings) -> None:
     limits = (settings.threshold is not None, settings.quantile is not None, settings.sweep, settings.sweep_thresholds)
     if sum(map(bool, limits)) > 1:
         raise UsageError("--threshold, --quantile, --sweep and --sweep-thresholds exclude each other; give one")
+    for name, values in (("sweep", settings.sweep), ("sweep-thresholds", settings.sweep_thresholds)):
+        if len(set(values)) < len(values):
+            raise UsageError(f"--{name}: names a candidate twice; leave one out")
+    if not all(map(math.isfinite, settings.weight)):
+        raise UsageError("--weight: must be a finite number")
     shares = [("quantile", settings.quantile), ("t", settings.t), ("gamma", settings.gamma)]
     for name, share in shares + [("sweep", value) for value in settings.sweep]:
         if share is not None and not 0.0 <= share <= 1.0:
@@ -138,15 +148,17 @@ def _check_numbers(settings: Settings) -> None:
         raise UsageError(f"--density {settings.density}: must be above 0 and at most 1")
     for name in ("rank", "mp", "max_shard_gb"):
         value = getattr(settings, name)
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:  # NaN is not, either
             raise UsageError(f"--{name.replace('_', '-')} {value}: must be above 0")
 
 
 def _check_output(settings: Settings) -> None:
     if settings.output == "adapter":
-        _refuse(settings, _DENSE_ONLY, "--output hf or sat")
+        _refuse(settings, ("every_token",), "--output hf or sat")
     elif settings.rank is not None or settings.sweeps:
         raise UsageError(f"--rank and sweeps give adapters, not --output {settings.output}; leave one out")
+    if settings.output != "hf":
+        _refuse(settings, ("max_shard_gb",), "--output hf; SAT's files are as many as --mp says")
     if settings.output != "sat":
         _refuse(settings, ("mp",), "--output sat; Hugging Face files are split by size, with --max-shard-gb")
 

@@ -1,6 +1,5 @@
 """A merge from adapters to a finished folder: complete, or not there at all."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +7,9 @@ from typing import Any
 
 from cogvlm_hpe.merge import dense, lowrank, methods, report, scope
 from cogvlm_hpe.merge.base import Base
-from cogvlm_hpe.merge.factors import HPE_CONFIG, Adapter, read_adapter, write_adapter
+from cogvlm_hpe.merge.factors import Adapter, read_adapter, write_adapter, write_notes
 from cogvlm_hpe.merge.methods import Elementwise, LowRank, Merged
-from cogvlm_hpe.merge.settings import Settings, check
+from cogvlm_hpe.merge.settings import Settings
 from launcher.comm import Comm
 from launcher.errors import UserError
 from launcher.files import atomic_folder, write_json_atomic
@@ -29,13 +28,12 @@ class Job:
 
 
 def prepare(settings: Settings, comm: Comm) -> Job:
-    """All ranks. Read, compare and choose; rank 0 does it and tells the others.
+    """All ranks. Read, compare and choose, by settings that `settings.check` passed; rank 0 does it and tells the rest.
 
-    Raises UsageError for settings that cannot be meant, UserError for adapters and bases that do not fit together.
+    Raises UserError for adapters and bases that do not fit together.
     """
     from cogvlm_hpe.model.load import resolve_base
 
-    check(settings)
     base, adapters = Base(resolve_base(settings.base)), [read_adapter(path) for path in settings.adapter]
     _check_scope(settings, adapters[0])
     results = comm.broadcast(methods.merge(settings, base, adapters) if comm.rank == 0 else None)
@@ -112,8 +110,7 @@ def _write_dense(job: Job, merged: Merged, comm: Comm) -> tuple[str, Merged, dic
 
     def explain(folder: Path, losses: dict[str, float]) -> None:
         hpe = {key: value for key, value in job.adapters[0].hpe.items() if key not in (_SCOPE, "base_fingerprint")}
-        text = json.dumps(hpe | {_SCOPE: "all", "merge": record}, indent=2, sort_keys=True)
-        (folder / HPE_CONFIG).write_text(text + "\n", encoding="utf-8")
+        write_notes(folder, hpe | {_SCOPE: "all"}, record)
         _explain(folder, job, record, merged, job.settings.out.resolve().name, report.Losses("rounding", losses))
 
     return "", merged, dense.write(job.settings, merged, job.base.weights, comm, explain)

@@ -199,7 +199,9 @@ def test_weights_cannot_say_text_only(tmp_path: Path, tiny_set: Callable[..., Pa
         (("--mp", "2"), "--mp belongs to --output sat"),
         (("--output", "hf", "--sweep", "0.5"), "leave one out"),
         (("--output", "sat", "--mp", "3"), "does not divide"),
-        (("--max-shard-gb", "1"), "belongs to --output hf or sat"),
+        (("--max-shard-gb", "1"), "belongs to --output hf;"),
+        (("--output", "sat", "--max-shard-gb", "1"), "belongs to --output hf;"),
+        (("--every-token",), "belongs to --output hf or sat"),
     ],
 )
 def test_forms_that_cannot_be_meant(
@@ -229,7 +231,7 @@ def test_merge_peak_memory_below_bound(tmp_path: Path) -> None:
     """A base of 400 MB in layers of 16 MB: choosing its layers takes a few of them, not the base."""
     base = tmp_path / "base"
     base.mkdir()
-    (base / "config.json").write_text("{}")
+    (base / "config.json").write_text('{"rms_norm_eps": 1e-05}')
     names = [f"model.layers.{n}.self_attn.language_expert_dense" for n in range(25)]
     layer = torch.randn(4096, 2048).bfloat16()
     save_file({f"{name}.weight": layer.clone() for name in names}, base / "model.safetensors")

@@ -68,8 +68,8 @@ def test_a_sweep_reads_the_base_once(tmp_path: Path, base: Base, monkeypatch: py
 
 def test_a_sweep_of_thresholds_names_the_one_that_keeps_nothing(tmp_path: Path, base: Base) -> None:
     path = make_adapter(tmp_path / "a")
-    run(base, [path], tmp_path / "out", "--sweep-thresholds", "0.2,0.3")
-    assert {p.name for p in (tmp_path / "out").iterdir() if p.is_dir()} == {"threshold-0.2", "threshold-0.3"}
+    run(base, [path], tmp_path / "out", "--sweep-thresholds", "0.2,0.20000000001")
+    assert {p.name for p in (tmp_path / "out").iterdir() if p.is_dir()} == {"threshold-0.2", "threshold-0.20000000001"}
     with pytest.raises(UserError, match=r"threshold-1: no layer is at similarity 1 or above"):
         run(base, [path], tmp_path / "no", "--sweep-thresholds", "0.2,1")
     assert not (tmp_path / "no").exists()
@@ -166,6 +166,12 @@ def test_yaml_that_cannot_be_meant(tmp_path: Path, base: Base, text: str, messag
         ("--method", "cat", "--density", "0.5"),
         ("--t", "0.2"),
         ("--rank", "4"),
+        ("--method", "ties", "--density", "0.5", "--gamma", "0.1"),
+        ("--method", "breadcrumbs", "--density", "0.5", "--seed", "1"),
+        ("--sweep", "0.5,0.5"),
+        ("--method", "cat", "--output", "hf", "--max-shard-gb", "nan"),
+        ("--method", "linear", "--weight", "nan"),
+        ("--method", "linear", "--layer-weight", "*=inf"),
     ],
 )
 def test_flags_that_exclude_each_other(tmp_path: Path, base: Base, flags: tuple[str, ...]) -> None:

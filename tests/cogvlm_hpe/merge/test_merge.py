@@ -18,6 +18,7 @@ from cogvlm_hpe.model.fingerprint import fingerprint
 from cogvlm_hpe.model.load import load
 from cogvlm_hpe.train.adapter import target_modules
 from launcher.errors import UsageError, UserError
+from launcher.files import sha256
 
 
 @pytest.fixture
@@ -76,9 +77,13 @@ def test_sum_of_adapters_has_no_cross_terms(tmp_path: Path, base: Base) -> None:
         torch.testing.assert_close(summed[name], wanted, rtol=0, atol=1e-6)
 
 
+def scaled(read: factors.Factors, weight: float) -> dict[str, factors.Factor]:
+    return arithmetic.weighted_sum([read], [dict.fromkeys(read, weight)])
+
+
 def test_scaling_is_exact_and_weight_zero_is_the_base(tmp_path: Path, base: Base) -> None:
     read = factors.read_adapter(make_adapter(tmp_path / "a"))
-    for name, factor in arithmetic.scale(read.factors, 0.25).items():
+    for name, factor in scaled(read.factors, 0.25).items():
         assert torch.equal(factor.delta(), 0.25 * read.factors[name].delta())
     run(base, [read.path], tmp_path / "out", "--method", "task-arithmetic", "--weight", "0")
     plain, after = make_tower().double().state_dict(), tuned_weights(tmp_path / "out")
@@ -102,7 +107,7 @@ def test_similarities_equal_dense_float64_cosines(tmp_path: Path, base: Base, gr
 
 def test_an_adapter_that_changes_nothing_has_similarity_one(tmp_path: Path, base: Base) -> None:
     read = factors.read_adapter(make_adapter(tmp_path / "a"))
-    found = layerwise.similarities(base, arithmetic.scale(read.factors, 0.0), "projection")
+    found = layerwise.similarities(base, scaled(read.factors, 0.0), "projection")
     assert all(value == pytest.approx(1.0, abs=1e-15) for value in found.values())
 
 
@@ -132,17 +137,21 @@ def test_winner_takes_all_keeps_whole_layers_and_plain_peft_loads_them(tmp_path:
 
 def test_the_folder_holds_all_its_files_and_carries_hpe_json_over(tmp_path: Path, base: Base) -> None:
     path, out = make_adapter(tmp_path / "a"), tmp_path / "out"
+    (path / "hpe.json").write_text(json.dumps({"scope": "text", "scores": {"geodesic_deg": 3.0}}))
     run(base, [path], out)
     wanted = (
         "README.md adapter_config.json adapter_model.safetensors heatmap.png hpe.json merge.json merge.md tensorboard"
     )
     assert sorted(file.name for file in out.iterdir()) == wanted.split()
     hpe = json.loads((out / "hpe.json").read_text())
-    assert hpe["scope"] == "text" and hpe["merge"]["method"] == "layerwise"
+    assert hpe["scope"] == "text" and hpe["merge"]["method"] == "layerwise" and "scores" not in hpe
     assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base.path.resolve())
     assert (out / "merge.md").read_text().count("| layers.") == 9
     assert (out / "heatmap.png").read_bytes().startswith(b"\x89PNG")
-    assert "merged by `layerwise`" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "merged by `layerwise`" in card and f"torch {torch.__version__}" in card
+    assert f"`a`, weight 1, sha256 `{sha256(path / 'adapter_model.safetensors')}`" in card
+    assert f"fingerprint `{fingerprint(base.path)}`" in card
 
 
 def test_the_same_merge_gives_the_same_bytes(tmp_path: Path, base: Base) -> None:
@@ -210,6 +219,7 @@ def test_another_base_is_refused_by_fingerprint(tmp_path: Path, base: Base) -> N
         ({"use_dora": True}, "use_dora = True: only plain LoRA"),
         ({"peft_type": "LOHA"}, "only LORA adapters"),
         ({"r": 5}, "says rank 5, the file holds 4"),
+        ({"lora_alpha": None}, "has no number lora_alpha"),
     ],
 )
 def test_adapters_that_are_no_plain_lora_are_refused(tmp_path: Path, spoil: dict, message: str) -> None:
