@@ -8,7 +8,7 @@ from launcher.errors import UsageError, run_main
 
 PROGRAM = "cogvlm-hpe"
 
-# Each module has HELP and either main(argv), or add_arguments(parser) and run(args).
+# Each module has HELP and either main(argv), or add_arguments(parser) and run(args) and perhaps an EPILOG.
 COMMANDS = {
     "train": "cogvlm_hpe.train.command",
     "merge": "cogvlm_hpe.merge.command",
@@ -45,7 +45,10 @@ def _dispatch(argv: list[str]) -> int:
     if hasattr(module, "main"):
         return module.main(rest)
     parser = argparse.ArgumentParser(
-        prog=f"{PROGRAM} {name}", description=module.HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"{PROGRAM} {name}",
+        description=module.HELP,
+        epilog=getattr(module, "EPILOG", None),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.add_arguments(parser)
     return module.run(parser.parse_args(rest))

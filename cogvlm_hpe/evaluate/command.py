@@ -35,13 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="adapter to put on --model; several give one result folder each",
     )  # fmt: skip
     add("--shards", type=Path, required=True, metavar="DIR", help="shard set to judge on")
-    add("--limit", type=_positive, metavar="N", help="judge only the first N images in key order")
-    add("--batch", type=_positive, default=16, metavar="N", help="images in one batch (default: %(default)s)")
+    add("--limit", type=positive, metavar="N", help="judge only the first N images in key order")
+    add("--batch", type=positive, default=16, metavar="N", help="images in one batch (default: %(default)s)")
     add(
-        "--questions", type=_positive, default=64, metavar="N",
+        "--questions", type=positive, default=64, metavar="N",
         help="questions decoded at once: bounds memory (default: %(default)s)",
     )  # fmt: skip
-    add("--max-new-tokens", type=_positive, default=48, metavar="N", help="end of an answer (default: %(default)s)")
+    add("--max-new-tokens", type=positive, default=48, metavar="N", help="end of an answer (default: %(default)s)")
     add(
         "--decode", choices=("greedy", "expectation"), default="greedy",
         help="expectation: a valid pose is the mean over the distribution of its digits (default: %(default)s)",
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tasks", type=_tasks, default=list(TASKS), metavar="A,B", help=f"of {','.join(TASKS)} (default: all)")
     add("--workers", type=int, default=0, metavar="N", help="reader processes per rank (default: %(default)s)")
     add(
-        "--threads", type=_positive, default=1, metavar="N",
+        "--threads", type=positive, default=1, metavar="N",
         help="threads per rank; sums depend on it, so it is fixed (default: %(default)s)",
     )  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU per rank if there is one")
@@ -60,18 +60,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="go on with an evaluation that was cut off: only what is left is judged, on any number of ranks",
     )  # fmt: skip
     add(
-        "--rank-timeout", type=_positive, default=1800, metavar="S",
+        "--rank-timeout", type=positive, default=1800, metavar="S",
         help="end, and name the rank that all wait for, when none has moved for so long (default: %(default)s s)",
     )  # fmt: skip
     add("--name", help="name of the system in reports (default: the folder's name)")
     add("--out", type=Path, required=True, metavar="DIR", help="result folder to make; must not exist")
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
-    return value
+def positive(text: str) -> int:
+    """A flag's whole number of at least 1. Raises ArgumentTypeError."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number of at least 1")
+    return int(text)
 
 
 def _tasks(text: str) -> list[str]:
@@ -152,7 +152,7 @@ def _judge(
             systems, shard_set, comm, args.tasks, decoding, batch=args.batch, limit=args.limit, workers=args.workers,
             description=names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more", unfinished=work,
         )  # fmt: skip
-    facts = {"device": device, "model": str(Path(args.model).absolute()), "shards": str(args.shards.absolute())}
+    facts = {"device": device, "model": str(Path(args.model).resolve()), "shards": str(args.shards.absolute())}
     if rows is None:
         return
     for (adapter, out, name), system, own in zip(jobs, systems, rows, strict=True):
@@ -168,7 +168,7 @@ def _judge(
             "model": {key: system.notes.get(key) for key in _SAID_OF_MODELS},
             "decoding": {"dtype": dtype, "batch": args.batch, **vars(decoding)},
         }
-        run_facts = reduce.run_facts(comm, args.threads, start_s, **facts, adapter=adapter and str(adapter.absolute()))
+        run_facts = reduce.run_facts(comm, args.threads, start_s, **facts, adapter=adapter and str(adapter.resolve()))
         show(reduce.write_result(out, own, header, run_facts), out)
     work.remove()
 
@@ -180,10 +180,10 @@ def _identity(
     decoding: "Decoding",
     shard_set: "ShardSet",
 ) -> dict[str, Any]:
-    """What must not change between the parts of one evaluation."""
+    """What must not change between the parts of one evaluation; a `last` may by then point at another checkpoint."""
     return {
-        "--model": str(Path(args.model).absolute()),
-        "--adapter": [str(adapter.absolute()) for adapter, _, _ in jobs if adapter is not None],
+        "--model": str(Path(args.model).resolve()),
+        "--adapter": [str(adapter.resolve()) for adapter, _, _ in jobs if adapter is not None],
         "--tokenizer": args.tokenizer and str(args.tokenizer.absolute()),
         "--shards": [str(args.shards.absolute()), len(shard_set)],
         "--tasks": args.tasks,

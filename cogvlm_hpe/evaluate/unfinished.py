@@ -50,7 +50,7 @@ class Unfinished:
         return rows
 
     def arrive(self, rounds: int) -> None:
-        """This rank has done its part of so many rounds, and now waits for the others."""
+        """This rank has done its part of so many rounds."""
         state = {"rounds": rounds, "host": platform.node(), "pid": os.getpid(), "ranks": self._comm.size}
         write_json_atomic(self.folder / f"rank-{self._comm.rank:04d}.json", state)
 
@@ -135,7 +135,7 @@ def late(states: dict[int, dict[str, Any]], ranks: int, timeout_s: float) -> str
 
 
 def behind(states: dict[int, dict[str, Any]]) -> str:
-    """Which ranks have come least far: `last was rank 3 (host n2, pid 71) after 4 rounds, the others had done 5`."""
+    """Which ranks have come least far: `last was rank 3 (host n2, pid 71) after 4 rounds, others had done up to 9`."""
     if not states:
         return "no rank had begun its share"
     rounds = {rank: state["rounds"] for rank, state in states.items()}
@@ -146,7 +146,7 @@ def behind(states: dict[int, dict[str, Any]]) -> str:
     first = states[slow[0]]
     more = "" if len(slow) == 1 else f", then {_counted(slow[1:])}"
     place = f"host {first['host']}, pid {first['pid']}"
-    return f"last was rank {slow[0]} ({place}{more}) after {least} rounds, the others had done {most}"
+    return f"last was rank {slow[0]} ({place}{more}) after {least} rounds, others had done up to {most}"
 
 
 def _counted(ranks: Sequence[int]) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cogvlm_hpe.evaluate.command import positive
 from launcher.errors import UsageError, UserError
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from shards.stream import Item, Stream
 
 HELP = "train a network on head crops, for comparison: one rank's work, as `train`"
-_EPILOG = """starting it
+EPILOG = """starting it
   cogvlm-hpe train-cnn --shards DIR --out DIR                                    one rank
   deepspeed --num_gpus 2 --module cogvlm_hpe train-cnn --shards DIR --out DIR    data parallel
 then `cogvlm-hpe evaluate --model OUT --shards DIR --out DIR` judges it."""
@@ -25,9 +26,31 @@ _LOG_EVERY = 50
 _BRIGHTNESS = 0.2
 
 
-def main(argv: list[str]) -> int:
-    """Parse, train, save."""
-    args = _parser().parse_args(argv)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of train-cnn."""
+    add = parser.add_argument
+    add("--shards", type=Path, nargs="+", required=True, metavar="DIR", help="training sets, in equal shares")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder to make; must not exist")
+    add("--steps", type=positive, default=2000, metavar="N", help="optimizer steps (default: %(default)s)")
+    add("--batch", type=positive, default=32, metavar="N", help="images of a step, of all ranks (default: %(default)s)")
+    add("--lr", type=float, default=2e-3, help="peak learning rate, AdamW (default: %(default)s)")
+    add("--seed", type=int, default=1, help="of weights and order (default: %(default)s)")
+    add("--workers", type=int, default=0, metavar="N", help="reader processes per rank (default: %(default)s)")
+    add(
+        "--min-visible",
+        type=float,
+        default=0.5,
+        help="heads less visible than this are left out (default: %(default)s)",
+    )
+    add("--backbone", choices=("resnet", "convnext"), default="resnet", help="default: %(default)s")
+    add("--widths", type=_numbers, default=(32, 64, 96, 160), metavar="N,N,…", help="channels of each stage")
+    add("--depths", type=_numbers, default=(1, 1, 1, 1), metavar="N,N,…", help="blocks of each stage")
+    add("--crop-px", type=positive, default=64, metavar="S", help="side of a head's crop (default: %(default)s)")
+    add("--margin", type=float, default=0.2, help="added to each side of the box, in sides (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """All ranks. Train and save. Raises UsageError or UserError for the user's mistakes."""
     if args.out.exists():
         raise UsageError(f"--out {args.out}: exists already; choose another folder or remove it")
 
@@ -58,37 +81,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="cogvlm-hpe train-cnn",
-        description=HELP,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--shards", type=Path, nargs="+", required=True, metavar="DIR", help="training sets, in equal shares")
-    add("--out", type=Path, required=True, metavar="DIR", help="folder to make; must not exist")
-    add("--steps", type=int, default=2000, metavar="N", help="optimizer steps (default: %(default)s)")
-    add("--batch", type=int, default=32, metavar="N", help="images of a step, over all ranks (default: %(default)s)")
-    add("--lr", type=float, default=2e-3, help="peak learning rate, AdamW (default: %(default)s)")
-    add("--seed", type=int, default=1, help="of weights and order (default: %(default)s)")
-    add("--workers", type=int, default=0, metavar="N", help="reader processes per rank (default: %(default)s)")
-    add(
-        "--min-visible",
-        type=float,
-        default=0.5,
-        help="heads less visible than this are left out (default: %(default)s)",
-    )
-    add("--backbone", choices=("resnet", "convnext"), default="resnet", help="default: %(default)s")
-    add("--widths", type=_numbers, default=(32, 64, 96, 160), metavar="N,N,…", help="channels of each stage")
-    add("--depths", type=_numbers, default=(1, 1, 1, 1), metavar="N,N,…", help="blocks of each stage")
-    add("--crop-px", type=int, default=64, metavar="S", help="side of a head's crop (default: %(default)s)")
-    add("--margin", type=float, default=0.2, help="added to each side of the box, in sides (default: %(default)s)")
-    return parser
-
-
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+    return tuple(map(positive, text.split(",")))
 
 
 def _open_stream(args: argparse.Namespace, comm: "Comm") -> "Stream":

@@ -10,100 +10,153 @@ import sys
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
 from tiny_model import write_tiny_model
+from tiny_source import TinySource
 
 from cogvlm_hpe import cli
-from cogvlm_hpe.evaluate import command, decode, reduce, unfinished
+from cogvlm_hpe.evaluate import command, decode, reduce, repeats, unfinished
 from cogvlm_hpe.evaluate.answer import Decoding
+from cogvlm_hpe.evaluate.live import Totals
+from cogvlm_hpe.evaluate.results import load_results
 from cogvlm_hpe.model.load import load, load_several
 from launcher.comm import Comm, single
 from launcher.errors import UsageError
 from shards.index import open_set
 from shards.stream import read_all
+from shards.write import build
 
 _MPIRUN = Path(sys.executable).with_name("mpirun")
+RANKS = Path(__file__).with_name("judge_ranks.py")
 SAME = ("predictions.jsonl", "metrics.json")
 
 
-def evaluate(ranks: int, *flags: object) -> subprocess.CompletedProcess[str]:
-    start = [str(_MPIRUN), "-np", str(ranks)] if ranks > 1 else []
-    words = [*start, sys.executable, "-m", "cogvlm_hpe", "evaluate", *map(str, flags)]
-    return subprocess.run(words, capture_output=True, text=True, timeout=300)
+@dataclass(frozen=True)
+class Judged:
+    """A model, a set of 21 images, two adapters, and the results of several numbers of ranks below `out`."""
+
+    model: Path
+    shard_set: Path
+    adapters: list[Path]
+    out: Path
 
 
-@pytest.fixture
-def judged(tmp_path: Path, tiny_set: Callable[..., Path]) -> tuple[Path, Path]:
-    """(model folder, shard set of 21 images)."""
-    shard_set = tiny_set(samples=21)
-    return write_tiny_model(tmp_path / "base", shard_set), shard_set
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> Judged:
+    place = tmp_path_factory.mktemp("judged")
+    build(TinySource(samples=21), place / "set", single(), 5)
+    model = write_tiny_model(place / "base", place / "set")
+    adapters = [_adapter(model, place / run / "last", seed) for seed, run in enumerate(("lora", "merged"))]
+    return Judged(model, place / "set", adapters, place / "out")
 
 
-@pytest.mark.slow
-def test_one_two_and_four_ranks_write_the_same_bytes(tmp_path: Path, judged: tuple[Path, Path]) -> None:
-    model, shard_set = judged
-    flags = ["--model", model, "--shards", shard_set, "--batch", 3]
-    for ranks in (1, 2, 4):
-        done = evaluate(ranks, *flags, "--out", tmp_path / str(ranks))
-        assert done.returncode == 0, done.stderr
-    for name in SAME:
-        first = (tmp_path / "1" / name).read_bytes()
-        assert first == (tmp_path / "2" / name).read_bytes() == (tmp_path / "4" / name).read_bytes(), name
-    assert cli.main(["evaluate", *map(str, [*flags[:-1], 5, "--out", tmp_path / "fives"])]) == 0
-    rows = [[json.loads(line) for line in (tmp_path / name / SAME[0]).open()] for name in ("1", "fives")]
-    # Another batch size moves sums in their last bits: a token may flip where two were almost equally likely.
-    assert sum(a != b for a, b in zip(*rows, strict=True)) <= 1
-    run = json.loads((tmp_path / "2" / "run.json").read_text())
-    assert run["ranks"] == 2 and run["threads_per_rank"] == 1
-    metrics = json.loads((tmp_path / "1" / "metrics.json").read_text())
-    asked = [json.loads(line)["id"] + json.loads(line)["task"] for line in (tmp_path / "4" / SAME[0]).open()]
-    images = {name.partition("/")[0] for name in asked}
-    stored = open_set(shard_set)
-    assert len(asked) == len(set(asked)) and images == {stored.key(i) for i in range(21)} and len(images) == 21
-    assert metrics["tasks"]["pose"]["n"] == sum(len(stored.record(i).heads) for i in range(21))
-    assert metrics["tasks"]["where"]["n"] == sum(len(stored.record(i).objects) for i in range(21))
-    # The model was taught the first eight images: what it learned must come through the whole chain.
-    assert metrics["tasks"]["where"]["accuracy"]["mean"] > 0.9
-    assert (
-        metrics["tasks"]["pose"]["valid"]["geodesic"]["median"]
-        < metrics["tasks"]["pose"]["constant_pose"]["geodesic"]["median"]
-    )
+def flags_of(judged: Judged, *more: object) -> list[str]:
+    return [str(word) for word in ("--model", judged.model, "--shards", judged.shard_set, *more)]
 
 
-@pytest.mark.slow
-def test_several_adapters_in_one_pass_answer_as_each_alone(tmp_path: Path, judged: tuple[Path, Path]) -> None:
-    model, shard_set = judged
-    adapters = [_adapter(model, tmp_path / run / "last", seed) for seed, run in enumerate(("lora", "merged"))]
-    flags = ["--model", model, "--shards", shard_set, "--batch", 4, "--limit", 6, "--tasks", "where,pose"]
-    named = [word for adapter in adapters for word in ("--adapter", adapter)]
-    done = evaluate(2, *flags, "--workers", 1, *named, "--out", tmp_path / "out")
+def evaluate(*flags: object) -> int:
+    return cli.main(["evaluate", *map(str, flags)])
+
+
+BATCH = ("--batch", 3)
+PART = ("--batch", 4, "--limit", 6, "--tasks", "where,pose")
+
+
+@pytest.fixture(scope="module")
+def by_ranks(judged: Judged) -> Judged:
+    """`judged` with results of 1, 2, 3 and 4 ranks, and of both adapters over two ranks, in `out`."""
+    alone = {n: flags_of(judged, *BATCH, "--out", judged.out / str(n)) for n in range(1, 5)}
+    named = [word for adapter in judged.adapters for word in ("--adapter", adapter)]
+    both = flags_of(judged, *PART, "--workers", 1, *named, "--out", judged.out / "both")
+    turns = judged.model.with_name("turns.json")
+    turns.write_text(json.dumps([[(4, alone[4])], [(3, alone[3])], [(2, alone[2]), (2, both)]]))
+    words = [str(_MPIRUN), "-np", "4", sys.executable, str(RANKS), str(turns)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert sorted(p.name for p in tmp_path.iterdir() if "out" in p.name) == ["out"]
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["lora-last", "merged-last"]
+    assert evaluate(*alone[1]) == 0
+    return judged
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "predictions.jsonl").open()]
+
+
+@pytest.mark.slow
+def test_metrics_equal_for_1_2_3_4_ranks(by_ranks: Judged) -> None:
+    for name in SAME:
+        assert len({(by_ranks.out / str(ranks) / name).read_bytes() for ranks in range(1, 5)}) == 1, name
+    runs = [json.loads((by_ranks.out / str(ranks) / "run.json").read_text()) for ranks in range(1, 5)]
+    assert [run["ranks"] for run in runs] == [1, 2, 3, 4] and {run["threads_per_rank"] for run in runs} == {1}
+
+
+@pytest.mark.slow
+def test_each_head_and_expression_of_21_images_over_4_ranks_once(by_ranks: Judged) -> None:
+    asked = [row["id"] + row["task"] for row in rows_of(by_ranks.out / "4")]
+    images = {name.partition("/")[0] for name in asked}
+    stored = open_set(by_ranks.shard_set)
+    assert len(asked) == len(set(asked)) and images == {stored.key(i) for i in range(21)} and len(images) == 21
+    tasks = json.loads((by_ranks.out / "4" / "metrics.json").read_text())["tasks"]
+    assert tasks["pose"]["n"] == sum(len(stored.record(i).heads) for i in range(21))
+    assert tasks["where"]["n"] == sum(len(stored.record(i).objects) for i in range(21))
+    # The model was taught the first eight images: what it learned must come through the whole chain.
+    assert tasks["where"]["accuracy"]["mean"] > 0.9
+    pose = tasks["pose"]
+    assert pose["valid"]["geodesic"]["median"] < pose["constant_pose"]["geodesic"]["median"]
+
+
+@pytest.mark.slow
+def test_another_batch_size_changes_only_answers_whose_tokens_flip_and_they_are_counted(by_ranks: Judged) -> None:
+    assert evaluate(*flags_of(by_ranks, "--batch", 5, "--out", by_ranks.out / "fives")) == 0
+    threes, fives = load_results([by_ranks.out / "1", by_ranks.out / "fives"])
+    found = repeats.flips(threes, fives)
+    assert found is not None and found.asked == len(threes.rows)
+    # Another batch size moves sums in their last bits: a token may flip where two were almost equally likely.
+    assert found.texts == sum(a != b for a, b in zip(threes.rows, fives.rows, strict=True)) <= 1
+    if not found.texts:
+        assert threes.tasks == approx_in_depth(fives.tasks)
+    _, [row] = repeats.table([threes, fives])
+    assert row[3] == "batch 3 → 5" and row[4:6] == [str(found.asked), str(found.texts)]
+
+
+def approx_in_depth(value: Any) -> Any:
+    """`value` with every number in it to 1e-9."""
+    if isinstance(value, dict):
+        return {key: approx_in_depth(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [approx_in_depth(inner) for inner in value]
+    return pytest.approx(value, rel=0, abs=1e-9) if isinstance(value, float) else value
+
+
+@pytest.mark.slow
+def test_several_adapters_in_one_pass_answer_as_each_alone(by_ranks: Judged, tmp_path: Path) -> None:
+    assert sorted(p.name for p in by_ranks.out.iterdir() if "both" in p.name) == ["both"]
+    assert sorted(p.name for p in (by_ranks.out / "both").iterdir()) == ["lora-last", "merged-last"]
     lines = []
-    for adapter in adapters:
-        alone = tmp_path / f"alone-{adapter.parent.name}"
-        assert cli.main(["evaluate", *map(str, [*flags, "--adapter", adapter, "--out", alone])]) == 0
+    for adapter in by_ranks.adapters:
+        alone = tmp_path / adapter.parent.name
+        assert evaluate(*flags_of(by_ranks, *PART, "--adapter", adapter, "--out", alone)) == 0
         lines.append((alone / "predictions.jsonl").read_bytes())
-        assert lines[-1] == (tmp_path / "out" / f"{adapter.parent.name}-last" / "predictions.jsonl").read_bytes()
+        together = by_ranks.out / "both" / f"{adapter.parent.name}-last" / "predictions.jsonl"
+        assert lines[-1] == together.read_bytes()
     assert lines[0] != lines[1], "two adapters that answer alike cannot show whose answers these are"
     keys = {json.loads(line)["key"] for line in lines[0].splitlines()}
     assert keys == {f"tiny-train-{i:06d}" for i in range(6)}
 
 
-def test_adapters_of_scope_text_share_the_work_on_images(judged: tuple[Path, Path], tmp_path: Path) -> None:
-    model, shard_set = judged
-    systems = load_several(model, [_adapter(model, tmp_path / str(seed), seed) for seed in range(3)])
+def test_adapters_of_scope_text_share_the_work_on_images(judged: Judged, tmp_path: Path) -> None:
+    systems = load_several(judged.model, [*judged.adapters, _adapter(judged.model, tmp_path / "third", 2)])
     assert len({next(system.model.parameters()).data_ptr() for system in systems}) == 1
     seen = []
     for system in systems:
         tower = system.model.model.vision
         tower.register_forward_hook(lambda *_: seen.append(1))
-    [(_, items)] = read_all(open_set(shard_set), 0, 1, 4, 28, limit=4)
+    [(_, items)] = read_all(open_set(judged.shard_set), 0, 1, 4, 28, limit=4)
     together = decode.decode_systems(systems, items, ["pose"], Decoding())
     assert len(seen) == 1
     assert together == [decode.decode_batch(system, items, ["pose"], Decoding()) for system in systems]
@@ -111,11 +164,12 @@ def test_adapters_of_scope_text_share_the_work_on_images(judged: tuple[Path, Pat
 
 
 @pytest.mark.slow
-def test_a_rank_that_stands_still_is_named_and_its_share_judged_by_resume(tmp_path: Path, tiny_set) -> None:
+def test_a_rank_that_stands_still_is_named_and_its_share_judged_by_resume(
+    tmp_path: Path, judged: Judged, tiny_set: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     shard_set = tiny_set(samples=60)
-    model = write_tiny_model(tmp_path / "base", shard_set)
     out, unfinished = tmp_path / "out", tmp_path / "out.unfinished"
-    flags = ["--model", model, "--shards", shard_set, "--batch", 1, "--out", out]
+    flags = ["--model", judged.model, "--shards", shard_set, "--batch", 1, "--out", out]
     words = [_MPIRUN, "-np", 2, sys.executable, "-m", "cogvlm_hpe", "evaluate", *flags, "--rank-timeout", 2]
     process = subprocess.Popen([str(word) for word in words], stderr=subprocess.PIPE, text=True)
     state = unfinished / "rank-0001.json"
@@ -130,16 +184,18 @@ def test_a_rank_that_stands_still_is_named_and_its_share_judged_by_resume(tmp_pa
     assert process.returncode != 0 and f"last was rank 1 (host {platform.node()}, pid {stopped})" in said, said
     assert "--resume judges only what is left" in said and not out.exists()
     kept = {path.name: path.read_bytes() for path in unfinished.glob("batch-*.json")}
-    assert 0 < len(kept) < 60
-    assert cli.main(["evaluate", *map(str, flags)]) == 2  # what is there is neither overwritten nor mixed up
-    assert cli.main(["evaluate", *map(str, flags), "--resume", "--limit", "3"]) == 2
-    again = evaluate(1, *flags, "--resume")
-    assert again.returncode == 0 and f"resumed: {len(kept)} batches were judged before" in again.stdout, again.stderr
+    assert 30 <= len(kept) < 60, "rank 0 waits for nobody before it has judged its half"
+    assert evaluate(*flags) == 2  # what is there is neither overwritten nor mixed up
+    assert evaluate(*flags, "--resume", "--limit", 3) == 2
+    capsys.readouterr()
+    assert evaluate(*flags, "--resume") == 0
+    again = capsys.readouterr().out
+    assert f"resumed: {len(kept)} batches were judged before; last was rank 1 (host" in again
     assert not unfinished.exists()
-    assert cli.main(["evaluate", *map(str, flags[:-1]), str(tmp_path / "whole")]) == 0
+    assert evaluate(*flags[:-1], tmp_path / "whole") == 0
     for name in SAME:
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    assert cli.main(["evaluate", *map(str, flags), "--resume"]) == 0  # nothing is left to do
+    assert evaluate(*flags, "--resume") == 0  # nothing is left to do
 
 
 def _end(pid: int) -> None:
@@ -147,16 +203,23 @@ def _end(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.slow
-def test_mistakes_end_with_one_line_and_leave_no_result(tmp_path: Path, judged: tuple[Path, Path]) -> None:
-    model, shard_set = judged
+def test_mistakes_end_with_one_line_and_leave_no_result(
+    tmp_path: Path, judged: Judged, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, shard_set = judged.model, judged.shard_set
     for flags, code, said in [
         (["--model", model, "--shards", tmp_path / "none"], 1, "no such folder"),
         (["--model", tmp_path / "none", "--shards", shard_set], 1, "no base model there"),
         (["--model", model, "--shards", shard_set, "--tasks", "pose,nose"], 2, "'nose': not one of"),
+        (["--model", model, "--shards", shard_set, "--batch", "many"], 2, "'many': must be a whole number"),
     ]:
-        done = evaluate(1, *flags, "--out", tmp_path / "out")
-        assert done.returncode == code and said in done.stderr and "Traceback" not in done.stderr, done.stderr
+        capsys.readouterr()
+        try:
+            found = evaluate(*flags, "--out", tmp_path / "out")
+        except SystemExit as end:  # argparse's own way
+            found = end.code
+        error = capsys.readouterr().err
+        assert found == code and said in error.splitlines()[-1], error
         assert not (tmp_path / "out").exists()
 
 
@@ -233,7 +296,21 @@ def test_the_ranks_that_all_wait_for_are_named() -> None:
     states = {rank: {"rounds": 5, "host": f"n{rank // 2}", "pid": 100 + rank, "ranks": 4} for rank in range(4)}
     assert "all 4 ranks had done 5 rounds" in unfinished.late(states, 4, 60)
     states[3]["rounds"] = 4
-    assert "last was rank 3 (host n1, pid 103) after 4 rounds, the others had done 5" in unfinished.late(states, 4, 60)
+    assert "last was rank 3 (host n1, pid 103) after 4 rounds, others had done up to 5" in unfinished.late(
+        states, 4, 60
+    )
     del states[2]
     assert "no rank has moved for 60 s; rank 2, not started" in unfinished.late(states, 4, 60)
     assert "ranks 4, 5, 6, 7, 8, 9, 10, 11 and 4 more, not started" in unfinished.late(states | {2: states[3]}, 16, 1)
+
+
+def test_live_totals_are_those_of_all_rows_so_far() -> None:
+    poses = [{"task": "pose", "errors": {"yaw": 3.0, "pitch": 6.0, "roll": 0.0}}, {"task": "pose", "errors": None}]
+    boxes = [{"task": "where", "errors": {"iou": iou}} for iou in (0.5, 0.4, 0.9, 0.8)]
+    totals = Totals()
+    assert totals.text() == ""
+    totals.add(poses, 2)
+    assert totals.reduce(single()) == 2 and totals.text() == "MAE 3.0 deg, valid 50 %"
+    totals.add([*boxes, poses[1]], 3)
+    assert totals.reduce(single()) == 3 and totals.finish() == 0
+    assert totals.text() == "MAE 3.0 deg, valid 33 %, grounding 75 %"
