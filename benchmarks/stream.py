@@ -1,8 +1,9 @@
-"""Our stream beside plain webdataset, wids and megatron-energon on the same tars, in one run.
+"""Our stream beside plain webdataset, wids, megatron-energon and MosaicML streaming on the same samples, in one run.
 
-  raw       image bytes and parsed JSON arrive in the training process; nothing is decoded (ours also checks the record)
-  decoded   3 x 490 x 490 uint8 RGB arrive in batches of 8, by the same decoder for all, and the JSON
-  ceiling   that decoder alone, on bytes in memory, eight images held at a time
+  raw       image bytes and parsed JSON arrive in the training process; nothing is decoded. Each parses JSON as it does
+            by itself: the peers by Python's json, ours by pydantic_core, and ours checks the record too
+  decoded   490 x 490 x 3 uint8 RGB arrive as one tensor a batch of 8, by the same decoder for all, and the JSON
+  ceiling   that decoder alone, on bytes in memory, into the same memory again and again
 
 CPU is user + system time of the loop's process and its readers; each figure the least of alternating repeats, each in a
 fresh process, after a warm-up.
@@ -10,7 +11,16 @@ fresh process, after a warm-up.
 python benchmarks/stream.py [--samples 4000] [--decoded 320] [--repeats 2] [--workers 0,1,2] [--data DIR]
 
 megatron-energon is measured where it can be imported. It is not in the extra `bench`: its dependency s3fs needs
-python-dateutil < 3 and multi-storage-client tzdata < 2026, older than what this project is tested with.
+python-dateutil < 3 and multi-storage-client tzdata < 2026, older than what this project is tested with. In a folder of
+its own it disturbs nothing:
+
+pip install --target DIR multi-storage-client s3fs mfusepy rapidyaml braceexpand filetype click
+pip install --target DIR --no-deps megatron-energon
+PYTHONPATH=DIR python benchmarks/stream.py
+
+MosaicML streaming too is measured where it can be imported: in an environment of its own, since it needs transformers
+< 5 and torchvision, with this project by `pip install --no-deps` and simplejpeg, scipy, pydantic_core, webdataset,
+wids, psutil and rich. There it reads the same samples from its own format.
 """
 
 import argparse
@@ -29,8 +39,13 @@ from typing import Any
 import numpy as np
 
 SIZE_PX, BATCH = 490, 8
-LOADERS = ("ours", "wids", "webdataset", "energon")
-NEEDED = {"ours": "shards", "wids": "wids", "webdataset": "webdataset", "energon": "megatron.energon"}
+NEEDED = {
+    "ours": "shards",
+    "wids": "wids",
+    "webdataset": "webdataset",
+    "energon": "megatron.energon",
+    "mosaic": "streaming",
+}
 _WARM_UP = {"raw": 1200, "decoded": 48}
 _SHUFFLE_BUFFER = 1000
 _DISTINCT_IMAGES = 100
@@ -82,24 +97,30 @@ def _photo(seed: int) -> bytes:
 
 
 def ours(folder: Path, mode: str, workers: int) -> Iterator[int]:
-    import torch
-
     from shards.index import open_set
     from shards.plan import Plan
     from shards.stream import Stream
 
     shard_set = open_set(folder)
     plan = Plan.of([shard_set], [1.0], 1, BATCH)
-    for _, items in Stream([shard_set], plan, 0, 1, SIZE_PX if mode == "decoded" else None, workers=workers):
-        if mode == "decoded":
-            torch.stack([item.image for item in items if item.image is not None])
-        yield len(items)
+    for batch in Stream([shard_set], plan, 0, 1, SIZE_PX if mode == "decoded" else None, workers=workers):
+        assert mode == "raw" or (batch.images is not None and batch.images.shape == (BATCH, 3, SIZE_PX, SIZE_PX))
+        yield len(batch[1])
 
 
 def _decoded(sample: dict[str, Any]) -> tuple[Any, Any]:
-    from shards.pixels import decode_image
+    import torch
 
-    return decode_image(sample["jpg"], "jpg", SIZE_PX), json.loads(sample["json"])
+    image = torch.empty(SIZE_PX, SIZE_PX, 3, dtype=torch.uint8)
+    _decode(sample["jpg"], image)
+    return image, json.loads(sample["json"])
+
+
+def _decode(data: bytes, out: Any, scratch: Any = None) -> None:
+    """A JPEG into (S, S, 3) uint8."""
+    from shards.pixels import decode_pixels, resize
+
+    resize(decode_pixels(data, "jpg", scratch=scratch), SIZE_PX, out.permute(2, 0, 1))
 
 
 def _raw(sample: dict[str, Any]) -> tuple[bytes, Any]:
@@ -212,14 +233,50 @@ def _energon_folder(folder: Path) -> Path:
     return there
 
 
-def ceiling(folder: Path, mode: str, workers: int) -> Iterator[int]:
-    from shards.index import open_set
+def mosaic(folder: Path, mode: str, workers: int) -> Iterator[int]:
+    from streaming import StreamingDataset
+    from torch.utils.data import DataLoader
 
-    shard_set = open_set(folder)
+    class View(StreamingDataset):
+        def __getitem__(self, at: int) -> Any:
+            sample = super().__getitem__(at)
+            return _decoded(sample) if mode == "decoded" else _raw(sample)
+
+    dataset = View(local=str(_mosaic_folder(folder)), batch_size=BATCH, shuffle=True, shuffle_algo="py1e")
+    while True:
+        for batch in DataLoader(dataset, BATCH, num_workers=workers, collate_fn=_collate):
+            yield len(batch[1])
+
+
+def _mosaic_folder(folder: Path) -> Path:
+    """The same samples in streaming's own format."""
+    there = folder.parent / f"{folder.name}-mosaic"
+    if not (there / "index.json").exists():
+        from streaming import MDSWriter
+
+        from shards.index import open_set
+
+        shard_set = open_set(folder)
+        with MDSWriter(out=str(there), columns={"jpg": "bytes", "json": "bytes"}) as writer:
+            for i in range(len(shard_set)):
+                stored = shard_set.read(i)
+                writer.write({"jpg": stored.image, "json": stored.json})
+    return there
+
+
+def ceiling(folder: Path, mode: str, workers: int) -> Iterator[int]:
+    import torch
+
+    from shards.index import open_set
+    from shards.pixels import Scratch
+
+    shard_set, scratch = open_set(folder), Scratch()
     images = [shard_set.read(i).image for i in range(_DISTINCT_IMAGES)]
+    batch = torch.empty(BATCH, SIZE_PX, SIZE_PX, 3, dtype=torch.uint8)
     for i in itertools.count(0, BATCH):
-        batch = [_decoded({"jpg": images[k % len(images)], "json": b"0"}) for k in range(i, i + BATCH)]
-        yield len(batch)
+        for k, place in enumerate(batch, i):
+            _decode(images[k % len(images)], place, scratch)
+        yield BATCH
 
 
 def measure(loader: str, folder: Path, mode: str, workers: int, samples: int) -> dict[str, float]:
@@ -270,10 +327,9 @@ def compare(folder: Path, options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    loaders = [name for name in LOADERS if _can_import(NEEDED[name])]
-    for name in LOADERS:
-        if name not in loaders:
-            print(f"{name}: skipped, {NEEDED[name]} is not installed")
+    loaders = [name for name, module in NEEDED.items() if _can_import(module)]
+    for name in NEEDED.keys() - set(loaders):
+        print(f"{name}: skipped, {NEEDED[name]} is not installed")
     cells = [("raw", 0), *(("decoded", workers) for workers in options.workers)]
     best: dict[tuple[str, str, int], dict[str, float]] = {}
     for turn in range(options.repeats):

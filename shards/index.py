@@ -131,14 +131,15 @@ class ShardSet:
         """Sample i. Raises SampleError where its bytes are missing or not its own, UserError where the tar is."""
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of {len(self)}")
-        image_at, image_size, json_at, json_size = (at(i) for at in self._spans_at)
-        end = self._tar_bytes(i)
+        image_at, image_size, json_at, json_size = [at(i) for at in self._spans_at]
+        shard = self._shard_at(i)
+        end = self._shard_bytes[shard] if 0 <= shard < len(self._shard_bytes) else 0
         # Before memory is given for it: a damaged index may ask for anything.
         if not (HEADER <= image_at <= image_at + image_size <= end >= json_at + json_size >= json_at >= HEADER):
             raise self.sample_error(i, "the index puts it outside the tar")
         # Read apart, so that the image need not be copied out of a larger piece.
         spans = ((image_at - HEADER, _NAME), (image_at, image_size), (json_at - HEADER, HEADER + json_size))
-        named, image, rest = self._pread(i, spans)
+        named, image, rest = self._pread(i, shard, spans)
         if len(image) < image_size or len(rest) < HEADER + json_size:
             end, last = self._tar_end(i), max(image_at + image_size, json_at + json_size)
             raise self.sample_error(i, f"the tar ends at byte {end}, the sample at byte {last}")
@@ -186,10 +187,6 @@ class ShardSet:
             return f"{self.path} holds the copy that was read; check the set where it comes from"
         return f"run `hpe-shards verify {self.path}`, then copy the set again, or remove and build it"
 
-    def _tar_bytes(self, i: int) -> int:
-        shard = self._shard_at(i)
-        return self._shard_bytes[shard] if 0 <= shard < len(self._shard_bytes) else 0
-
     def _tar_end(self, i: int) -> int:
         """Where sample i's tar really ends."""
         try:
@@ -197,9 +194,8 @@ class ShardSet:
         except FileNotFoundError:
             return 0
 
-    def _pread(self, i: int, spans: Sequence[tuple[int, int]]) -> list[bytes]:
-        """The bytes at each (offset, size): fewer only where the file ends."""
-        shard = self._shard_at(i)
+    def _pread(self, i: int, shard: int, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+        """The bytes at each (offset, size) of sample i's tar: fewer only where the file ends."""
         try:
             if self.remote is not None:
                 return self._pread_cached(shard, spans)

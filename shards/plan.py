@@ -198,7 +198,7 @@ class Plan:
 
 
 def _slots(draws: Ints) -> list[Slot]:
-    return [Slot(*row) for row in draws.T.tolist()]
+    return [*map(Slot._make, draws.T.tolist())]
 
 
 def _bucketed(draws: Ints, heads: Sequence[Sequence[int] | Ints], turns: Ints, batch: int) -> Ints:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from pydantic_core import from_json as parse_json
 
 from launcher.errors import UserError
 from shards import pose
@@ -131,8 +132,8 @@ def mirror_words(text: str) -> str:
 def from_json(text: str | bytes) -> Record:
     """Read and check a record. Raises RecordError; the caller adds shard and key."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(text)
+    except ValueError as error:
         raise RecordError(f"not JSON ({error}); rebuild the shard") from None
     try:
         return _record(value)
@@ -153,20 +154,19 @@ def _record(value: dict[str, Any]) -> Record:
 
 
 def _check_image(image: Image) -> None:
-    for side in (image.width, image.height):
-        if type(side) is not int or not 0 < side <= _LONGEST_SIDE_PX:
-            size = f"{image.width}x{image.height}"[:80]
-            raise RecordError(
-                f"image size {size}: both sides must be positive whole numbers, at most {_LONGEST_SIDE_PX}"
-            )
-    for name in (image.source, image.id, image.subject):
-        if type(name) is not str:
-            raise RecordError(f"image source, id and subject must be text, one is {name!r}")
+    width, height = image.width, image.height
+    whole = type(width) is type(height) is int
+    if not (whole and 0 < width <= _LONGEST_SIDE_PX and 0 < height <= _LONGEST_SIDE_PX):
+        size = f"{width}x{height}"[:80]
+        raise RecordError(f"image size {size}: both sides must be positive whole numbers, at most {_LONGEST_SIDE_PX}")
+    if not type(image.source) is type(image.id) is type(image.subject) is str:
+        odd = next(name for name in (image.source, image.id, image.subject) if type(name) is not str)
+        raise RecordError(f"image source, id and subject must be text, one is {odd!r}")
     camera = image.camera
     if camera is not None:
-        if not all(map(math.isfinite, (camera.fx, camera.fy, camera.cx, camera.cy))):
+        if not math.isfinite(camera.fx + camera.fy + camera.cx + camera.cy):
             raise RecordError(f"{camera}: its numbers must be finite")
-        if min(camera.fx, camera.fy) <= 0.0:
+        if not (camera.fx > 0.0 and camera.fy > 0.0):
             raise RecordError(f"{camera}: focal lengths must be positive")
 
 

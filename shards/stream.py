@@ -105,8 +105,11 @@ class Stream:
         bad_in_a_row = 0
         for n, fetched in fetch_in_order(self._fetch, lambda: count(self._start), self._workers, self._pin):
             for item in fetched.items:
-                bad_in_a_row = bad_in_a_row + 1 if item.record is None else 0
-                self.skipped += item.record is None
+                if item.record is not None:
+                    bad_in_a_row = 0
+                    continue
+                bad_in_a_row += 1
+                self.skipped += 1
                 if bad_in_a_row >= MOST_BAD_IN_A_ROW:
                     raise UserError(f"{bad_in_a_row} bad samples in a row are not skipped; the last: {item.problem}")
             yield Batch(n, fetched, self._plan.state(n + 1))
