@@ -2,38 +2,46 @@
 
   ours       what `cogvlm-hpe evaluate` runs: one pass over the images of a batch, all their heads decoded together
   generate   transformers' `generate` on our model with its key-value cache, one head at a time
+  ranks      mpirun with the judge's own loop over a shard set: reading, answers, sums over ranks, rows to rank 0
 
-python benchmarks/evaluate.py [--tokens 257] [--questions 1,4,8] [--images 2] [--repeats 3] [--ranks 2]
+python benchmarks/evaluate.py [--tokens 257] [--questions 1,4,8] [--images 2] [--repeats 3] [--ranks 2] [--set 40]
 CPU, float32, one thread a rank: hidden 512 x 8 layers, vocabulary 32,000, tower 256 x 4, random weights; every answer
-is 16 tokens long. Medians of alternating repeats; both ways must give the same text. The ranks share the same images,
-as mpirun starts them; their time is that of the slowest.
+is 16 tokens long. Medians of alternating repeats; both ways must give the same text. The ranks judge a set of --set
+images with 1 to 8 heads each, 4 images a batch, dealt as the judge deals them; their time is that of the slowest, from
+the moment all have read the model. `dealt` is what the heads of the fullest rank allow: images differ, and so do ranks.
 """
 
 import argparse
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+import simplejpeg
 import torch
 
 from cogvlm_hpe.dialogue import DEFAULT_PROMPTS
 from cogvlm_hpe.evaluate.answer import Decoding
-from cogvlm_hpe.evaluate.decode import decode_batch, questions
+from cogvlm_hpe.evaluate.decode import decode_all, decode_batch, questions
 from cogvlm_hpe.model.configuration import CogVLMConfig
 from cogvlm_hpe.model.load import Loaded
 from cogvlm_hpe.model.modeling import CogVLMForCausalLM
 from cogvlm_hpe.model.pixels import normalise
 from cogvlm_hpe.model.tokenizer import train_tokenizer
 from launcher import comm as comms
-from shards.plan import Slot
+from shards.index import open_set
+from shards.plan import Slot, consecutive_batches
 from shards.record import Head, Image, Record
 from shards.stream import Item
+from shards.write import Sample, build
 
 ANSWER_TOKENS = 16
+BATCH = 4
 UPRIGHT = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
 
 
@@ -55,12 +63,17 @@ def make_model(image_tokens: int) -> Loaded:
     return Loaded(model, tokenizer, {"prompts": dict(DEFAULT_PROMPTS), "answer_format": "offset"})
 
 
+def make_heads(number: int) -> list[Head]:
+    """`number` heads in an image of 200 x 150 px."""
+    boxes = [(10.0 * i, 5.0 * i, 10.0 * i + 40, 5.0 * i + 50) for i in range(number)]
+    return [Head(box, UPRIGHT) for box in boxes]
+
+
 def make_items(loaded: Loaded, images: int, heads: int) -> list[Item]:
     """`images` pictures of noise with `heads` heads each."""
     side = loaded.model.config.vision_config["image_size"]
     generator = torch.Generator().manual_seed(heads)
-    boxes = [(10.0 * i, 5.0 * i, 10.0 * i + 40, 5.0 * i + 50) for i in range(heads)]
-    record = Record(Image(200, 150, "noise", "0", ""), [Head(box, UPRIGHT) for box in boxes])
+    record = Record(Image(200, 150, "noise", "0", ""), make_heads(heads))
     pixels = torch.randint(0, 256, (images, 3, side, side), generator=generator, dtype=torch.uint8)
     return [Item(Slot(0, i, 0, i), f"image-{i}", image, record) for i, image in enumerate(pixels)]
 
@@ -111,14 +124,33 @@ def compare(args: argparse.Namespace) -> None:
         print(f"{k:>3} {n / a:>9.2f} {n / b:>9.2f} {b / a:>6.2f}x{'' if same else '  answers differ'}", flush=True)
 
 
+class Crowd:
+    """A source of noise with 1 to 8 heads an image."""
+
+    name, licence, split, scope = "crowd", "CC0-1.0", "test", {}
+
+    def __init__(self, images: int) -> None:
+        self._images = images
+
+    def __len__(self) -> int:
+        return self._images
+
+    def sample(self, i: int) -> Sample:
+        """Image i."""
+        generator = np.random.default_rng(i)
+        pixels = generator.integers(0, 256, (150, 200, 3), dtype=np.uint8)
+        record = Record(Image(200, 150, self.name, str(i), ""), make_heads(int(generator.integers(1, 9))))
+        return Sample(f"crowd-{i:06d}", simplejpeg.encode_jpeg(pixels), "jpg", record)
+
+
 def as_rank(args: argparse.Namespace) -> None:
-    """All ranks. Time of this rank's share of the images, as the judge deals them; rank 0 prints the slowest one's."""
-    comm = comms.mpi()
+    """All ranks. Judge the set; rank 0 prints how long the slowest took."""
+    comm, shard_set = comms.mpi(), open_set(args.as_rank)
     loaded = make_model(args.tokens)
-    batches = [make_items(loaded, 1, args.questions[-1]) for _ in range(args.images * 4)]
-    ours(loaded, batches[0])
+    judge = partial(decode_all, [loaded], shard_set, comm, ["pose"], Decoding(ANSWER_TOKENS), batch=BATCH)
+    judge(limit=BATCH * comm.size)
     comm.barrier()
-    took_s = comm.max(seconds(lambda: [ours(loaded, items) for items in batches[comm.rank :: comm.size]]))
+    took_s = comm.max(seconds(judge))
     if comm.rank == 0:
         print(took_s)
 
@@ -126,16 +158,31 @@ def as_rank(args: argparse.Namespace) -> None:
 def scale(args: argparse.Namespace) -> None:
     """1 rank beside several, alternating."""
     mpirun = Path(sys.executable).with_name("mpirun")
-    flags = ["--tokens", args.tokens, "--questions", args.questions[-1], "--images", args.images, "--as-rank"]
     times: dict[int, list[float]] = {1: [], args.ranks: []}
-    for _ in range(args.repeats):
-        for ranks, column in times.items():
-            words = [mpirun, "-np", ranks, sys.executable, __file__, *flags]
-            done = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=True)
-            column.append(float(done.stdout.split()[-1]))
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "crowd"
+        build(Crowd(args.set), place, comms.single(), 16)
+        for _ in range(args.repeats):
+            for ranks, column in times.items():
+                words = [mpirun, "-np", ranks, sys.executable, __file__, "--tokens", args.tokens, "--as-rank", place]
+                # Without a stdin of its own mpirun stops where a background job may not read the terminal.
+                done = subprocess.run(
+                    list(map(str, words)), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True
+                )
+                column.append(float(done.stdout.split()[-1]))
+        heads = [open_set(place).n_heads[i] for i in open_set(place).key_order()]
     one, many = (statistics.median(column) for column in times.values())
-    heads = args.images * 4 * args.questions[-1]
-    print(f"1 rank {heads / one:.2f} heads/s, {args.ranks} ranks {heads / many:.2f} heads/s: {one / many:.2f}x")
+    loads = [sum(heads[i] for batch in dealt for i in batch) for dealt in deal(len(heads), args.ranks)]
+    print(
+        f"1 rank {sum(heads) / one:.2f} heads/s, {args.ranks} ranks {sum(heads) / many:.2f} heads/s: "
+        f"{one / many:.2f}x (dealt {sum(heads) / max(loads):.2f}x)"
+    )
+
+
+def deal(images: int, ranks: int) -> list[list[range]]:
+    """The batches of each rank, as the judge deals them."""
+    batches = consecutive_batches(images, BATCH)
+    return [batches[rank::ranks] for rank in range(ranks)]
 
 
 def main() -> None:
@@ -146,7 +193,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--as-rank", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--set", type=int, default=40, help="images that the ranks judge")
+    parser.add_argument("--as-rank", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.as_rank:
