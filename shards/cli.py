@@ -235,7 +235,8 @@ def _add_fixture(commands: "Commands") -> None:
         "see what a source reads, and to try a build before the real data is there."
     )
     command = commands.add_parser("fixture", help="a tiny data set in a source's own format", description=text)
-    command.add_argument("source", choices=FIXTURES, metavar="SOURCE", help=f"one of {', '.join(FIXTURES)}")
+    names = sorted(FIXTURES)
+    command.add_argument("source", choices=names, metavar="SOURCE", help=f"one of {', '.join(names)}")
     command.add_argument("folder", type=Path, metavar="DIR", help="new or empty folder")
     command.set_defaults(run=_fixture)
 

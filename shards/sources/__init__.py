@@ -5,7 +5,7 @@ A source brings `add_arguments(parser)` and `from_args(options) -> Source`; what
 
 import argparse
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from shards.sources import (
     agora,
@@ -24,17 +24,10 @@ from shards.sources import (
 if TYPE_CHECKING:
     from shards.write import Source
 
-SOURCES: "dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], Source]]]" = {
+Entry: TypeAlias = "tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], Source]]"
+
+_MODULES = (agora, biwi, cogvlm, crowdhuman, flickr30k, panoptic, refcoco, synthetic, table, visual7w)
+SOURCES: dict[str, Entry] = {
     "300w-lp": (w300lp.add_300wlp_arguments, w300lp.from_300wlp_args),
     "aflw2000": (w300lp.add_aflw2000_arguments, w300lp.from_aflw2000_args),
-    "agora": (agora.add_arguments, agora.from_args),
-    "biwi": (biwi.add_arguments, biwi.from_args),
-    "cogvlm": (cogvlm.add_arguments, cogvlm.from_args),
-    "crowdhuman": (crowdhuman.add_arguments, crowdhuman.from_args),
-    "flickr30k": (flickr30k.add_arguments, flickr30k.from_args),
-    "panoptic": (panoptic.add_arguments, panoptic.from_args),
-    "refcoco": (refcoco.add_arguments, refcoco.from_args),
-    "synthetic": (synthetic.add_arguments, synthetic.from_args),
-    "table": (table.add_arguments, table.from_args),
-    "visual7w": (visual7w.add_arguments, visual7w.from_args),
-}
+} | {module.__name__.rpartition(".")[2]: (module.add_arguments, module.from_args) for module in _MODULES}

@@ -1,5 +1,6 @@
 """What AGORA and Panoptic share: images with the heads found for them, and the COCO-style JSON that DirectMHP made."""
 
+import argparse
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -107,6 +108,24 @@ def read_coco(
         raise UserError(f"{annotations}: not DirectMHP's COCO-style JSON ({why}); make it by its scripts") from None
     files.existing(images, "the images that the labels name belong there, or name their folder by --images")
     return keep_present(with_heads(listed, dropped), dropped, allow_missing), +dropped
+
+
+def from_coco(
+    options: argparse.Namespace,
+    name: str,
+    licence: str,
+    pattern: str,
+    subject_of: Callable[[Path, dict[str, Any]], str],
+    camera_of: Callable[[dict[str, Any]], Camera | None],
+) -> PosedImages:
+    """All images of a data set's JSON by DirectMHP, named by its options or of this pattern. Raises UserError."""
+    annotations = options.annotations or one_of(
+        options.folder / "annotations", pattern, "DirectMHP's JSON of this split", "--annotations"
+    )
+    images = options.images or options.folder / "images" / options.split
+    found, dropped = read_coco(annotations, images, subject_of, camera_of, options.allow_missing)
+    scope = {"labels": "directmhp", "annotations": annotations.name, "dropped": dict(dropped)}
+    return PosedImages(name, licence, options.split, scope, found)
 
 
 def with_heads(images: Iterable[Posed], dropped: Counter[str]) -> list[Posed]:

@@ -9,6 +9,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shards.sources import directmhp
+
 if TYPE_CHECKING:
     from shards.write import Source
 
@@ -18,25 +20,15 @@ MOST_OCCLUDED_PERCENT = 90.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `hpe-shards build agora`."""
-    text = "holds images and Cam (the official files), or images and annotations (what DirectMHP makes)"
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help=text)
-    parser.add_argument("--split", choices=SPLITS, default="train", help="the official one (default: train)")
-    text = "DirectMHP's JSON (default: FOLDER/annotations/*SPLIT*.json, where there is such a folder)"
-    parser.add_argument("--annotations", type=Path, metavar="FILE", help=text)
+    holds = "holds images and Cam (the official files), or images and annotations (what DirectMHP makes)"
+    images = "folder of the images (default: FOLDER/images/SPLIT; for tables FOLDER/images, subfolders too)"
+    directmhp.add_arguments(parser, holds, SPLITS, "the official one", images)
+    own = parser.add_argument_group("tables")
     text = "folder of the tables SPLIT_*.pkl (default: FOLDER/Cam, subfolders too)"
-    parser.add_argument("--cams", type=Path, metavar="DIR", help=text)
-    text = "folder of the images (default: FOLDER/images/SPLIT; for tables FOLDER/images, subfolders too)"
-    parser.add_argument("--images", type=Path, metavar="DIR", help=text)
-    text = "tables: the published reference face, a .npy of (58, 3) (default: ours, see docs/data.md)"
-    parser.add_argument("--reference", type=Path, metavar="FILE", help=text)
-    parser.add_argument(
-        "--max-occlusion",
-        type=float,
-        default=MOST_OCCLUDED_PERCENT,
-        metavar="PERCENT",
-        help=f"tables: drop people hidden to this part or more (default: {MOST_OCCLUDED_PERCENT:g})",
-    )
-    parser.add_argument("--allow-missing", action="store_true", help="leave out images that are not there")
+    own.add_argument("--cams", type=Path, metavar="DIR", help=text)
+    directmhp.add_reference(own)
+    text = f"drop people hidden to this part or more (default: {MOST_OCCLUDED_PERCENT:g})"
+    own.add_argument("--max-occlusion", type=float, default=MOST_OCCLUDED_PERCENT, metavar="PERCENT", help=text)
 
 
 def from_args(options: argparse.Namespace) -> "Source":
@@ -45,7 +37,7 @@ def from_args(options: argparse.Namespace) -> "Source":
 
     if options.annotations and options.cams:
         raise UsageError("--annotations and --cams: give one of them, they are two forms of the same labels")
-    if options.annotations or (not options.cams and (options.folder / "annotations").is_dir()):
+    if not options.cams and directmhp.is_meant(options):
         from shards.sources.agora.coco import from_coco
 
         return from_coco(options)

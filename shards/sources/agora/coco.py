@@ -19,13 +19,7 @@ _CAMERA = re.compile(r"_cam0\d$")
 
 def from_coco(options: argparse.Namespace) -> posed.PosedImages:
     """All images of the JSON. Raises UserError."""
-    annotations = options.annotations or posed.one_of(
-        options.folder / "annotations", f"*{options.split}*.json", "DirectMHP's JSON of this split", "--annotations"
-    )
-    images = options.images or options.folder / "images" / options.split
-    found, dropped = posed.read_coco(annotations, images, _subject, _camera, options.allow_missing)
-    scope = {"labels": "directmhp", "annotations": annotations.name, "dropped": dict(dropped)}
-    return posed.PosedImages(NAME, LICENCE, options.split, scope, found)
+    return posed.from_coco(options, NAME, LICENCE, f"*{options.split}*.json", _subject, _camera)
 
 
 def subject_of_sequence(sequence: str) -> str:

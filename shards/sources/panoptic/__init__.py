@@ -6,8 +6,9 @@ calibration_SEQ.json, hdFace3d, and hdImgs or hdVideos; and the COCO-style JSON 
 """
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from shards.sources import directmhp
 
 if TYPE_CHECKING:
     from shards.write import Source
@@ -29,14 +30,9 @@ LEAST_IMAGE_KB = 100.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `hpe-shards build panoptic`."""
-    text = "holds sequences (the official files), or images and annotations (what DirectMHP makes)"
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help=text)
-    parser.add_argument("--split", choices=SPLITS, default="train", help="that of CMU-HPE (default: train)")
-    text = "DirectMHP's JSON (default: FOLDER/annotations/*SPLIT*.json, where there is such a folder)"
-    parser.add_argument("--annotations", type=Path, metavar="FILE", help=text)
-    text = "with DirectMHP's JSON: folder of the images (default: FOLDER/images/SPLIT)"
-    parser.add_argument("--images", type=Path, metavar="DIR", help=text)
-    parser.add_argument("--allow-missing", action="store_true", help="with DirectMHP's JSON: leave out missing images")
+    holds = "holds sequences (the official files), or images and annotations (what DirectMHP makes)"
+    images = "with DirectMHP's JSON: folder of the images (default: FOLDER/images/SPLIT)"
+    directmhp.add_arguments(parser, holds, tuple(SPLITS), "that of CMU-HPE", images)
     own = parser.add_argument_group("sequences")
     text = "take these, whatever their split (default: those of the split that are there)"
     own.add_argument("--sequences", nargs="+", metavar="SEQ", help=text)
@@ -47,13 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     own.add_argument("--least-image-kb", type=float, default=LEAST_IMAGE_KB, metavar="KB", help=text)
     text = "take frames from hdVideos instead of hdImgs; needs opencv (pip install 'cogvlm-hpe[video]')"
     own.add_argument("--video", action="store_true", help=text)
-    text = "the published reference face, a .npy of (58, 3) (default: ours, see docs/data.md)"
-    own.add_argument("--reference", type=Path, metavar="FILE", help=text)
+    directmhp.add_reference(own)
 
 
 def from_args(options: argparse.Namespace) -> "Source":
     """CMU Panoptic: people in a dome, seen from 31 sides, from its sequences or DirectMHP's JSON."""
-    if options.annotations or (options.folder / "annotations").is_dir():
+    if directmhp.is_meant(options):
         from shards.sources.panoptic.coco import from_coco
 
         return from_coco(options)

@@ -21,13 +21,7 @@ _FIRST_ID, _IDS_PER_SEQUENCE = 10_000_000_000, 100_000_000
 
 def from_coco(options: argparse.Namespace) -> posed.PosedImages:
     """All images of the JSON, which knows no cameras. Raises UserError."""
-    annotations = options.annotations or posed.one_of(
-        options.folder / "annotations", f"*_{options.split}*.json", "DirectMHP's JSON of this split", "--annotations"
-    )
-    images = options.images or options.folder / "images" / options.split
-    found, dropped = posed.read_coco(annotations, images, _subject, lambda image: None, options.allow_missing)
-    scope = {"labels": "directmhp", "annotations": annotations.name, "dropped": dict(dropped)}
-    return posed.PosedImages(NAME, LICENCE, options.split, scope, found)
+    return posed.from_coco(options, NAME, LICENCE, f"*_{options.split}*.json", _subject, lambda image: None)
 
 
 def subject_of_sequence(sequence: str) -> str:

@@ -36,7 +36,7 @@ def test_a_data_set_that_is_not_there_is_one_line(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     nowhere = tmp_path / "not here"
-    assert any(FOLDER in word for word in FIXTURES[name][1])
+    assert any(FOLDER in word for word in FIXTURES[name])
     assert main([*build_words(name, nowhere), "--out", str(tmp_path / "shards")]) == 1
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and str(nowhere) in said[0], said
