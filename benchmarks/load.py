@@ -67,6 +67,9 @@ class RandomWeights:
     def flat(self, name: str, start: int, stop: int) -> Tensor:
         return self.read(name).flatten()[start:stop]
 
+    def forget(self, name: str) -> None:
+        pass
+
 
 def make_base(folder: Path, layers: int) -> int:
     """Write the base in both forms; its bytes."""

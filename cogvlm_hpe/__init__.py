@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from cogvlm_hpe import model as model  # makes the model known to transformers' Auto classes
+
 if TYPE_CHECKING:
     from cogvlm_hpe.headpose import HeadPose as HeadPose
 

@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 from launcher.errors import UsageError, UserError
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     """Convert and say what was written. Raises UserError or UsageError for the user's mistakes."""
     _check(args)
     from cogvlm_hpe.model import convert
-    from cogvlm_hpe.model.sat_lora import MergedWeights
+    from cogvlm_hpe.model.tuned import TunedWeights
 
     source = convert.open_source(args.source, args.base, args.lora_alpha)
     if not source.factors and (args.merge or args.only_adapter):
@@ -65,8 +66,10 @@ def run(args: argparse.Namespace) -> int:
         _write(source, args)
     except OSError as error:
         raise UserError(f"{args.out}: cannot be written ({error.strerror}); nothing is left of it there") from None
-    if isinstance(source.weights, MergedWeights) and source.weights.rounding:
-        print(f"rounding to the base's dtype changed the LoRA's part by {source.weights.rounding:.2%}")
+    if isinstance(source.weights, TunedWeights) and any(source.weights.losses.values()):
+        losses = source.weights.losses.values()
+        said = f"{median(losses):.2%} in the median layer, {max(losses):.2%} at most"
+        print(f"rounding to the base's dtype changed the LoRA's part by {said}")
     print(f"wrote {args.out}")
     return 0
 

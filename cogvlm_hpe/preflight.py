@@ -163,7 +163,8 @@ def check_shards(config: "RunConfig") -> str:
 def check_base(config: "RunConfig") -> str:
     """Whether the base has exactly its config's tensors; its fingerprint."""
     from cogvlm_hpe.model.fingerprint import fingerprint
-    from cogvlm_hpe.model.load import DTYPES, check_tensors, empty_model, resolve_base
+    from cogvlm_hpe.model.folders import resolve_base
+    from cogvlm_hpe.model.load import DTYPES, check_tensors, empty_model
     from cogvlm_hpe.model.weights import open_weights, read_config
 
     base = resolve_base(config.model.base)
@@ -177,7 +178,7 @@ def check_base(config: "RunConfig") -> str:
 
 def check_tokenizer(config: "RunConfig") -> str:
     """Whether there is one, of no more tokens than the model has rows."""
-    from cogvlm_hpe.model.load import resolve_base
+    from cogvlm_hpe.model.folders import resolve_base
     from cogvlm_hpe.model.tokenizer import find_tokenizer, load_tokenizer, special_ids
     from cogvlm_hpe.model.weights import read_config
 
@@ -191,7 +192,7 @@ def check_tokenizer(config: "RunConfig") -> str:
 def check_init(config: "RunConfig") -> str:
     """Whether the adapter to start from is there and was made on this base."""
     from cogvlm_hpe.model.fingerprint import fingerprint
-    from cogvlm_hpe.model.load import is_adapter, read_notes, resolve_base
+    from cogvlm_hpe.model.folders import is_adapter, read_notes, resolve_base
 
     folder = str(config.adapter.init if config.adapter else "")
     if not is_adapter(folder):
@@ -238,7 +239,8 @@ def read_needs(config: "RunConfig", comm: "Comm", with_memory: bool) -> Needs:
     """All ranks. The planner's numbers for this world; memory, for which rank 0 traces the model, only if asked for."""
     if comm.rank:
         return comm.broadcast(Needs({}, 0, 0))
-    from cogvlm_hpe.model.load import DTYPES, empty_model, resolve_base
+    from cogvlm_hpe.model.folders import resolve_base
+    from cogvlm_hpe.model.load import DTYPES, empty_model
     from cogvlm_hpe.model.weights import read_config
     from cogvlm_hpe.train import adapter
     from cogvlm_hpe.train.plan import plan, trace

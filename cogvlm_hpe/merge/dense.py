@@ -1,7 +1,6 @@
 """Merged weights as a whole checkpoint, a tensor at a time: spread over ranks by files, and resumed between files."""
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -10,15 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from cogvlm_hpe.merge.methods import Changes, LowRank, Merged, check_finite
+from cogvlm_hpe.merge.methods import Changes, LowRank, Merged
 from cogvlm_hpe.merge.settings import Settings
 from cogvlm_hpe.model import convert, sat
+from cogvlm_hpe.model.folders import HF_CONFIG, SAT_CONFIG
 from cogvlm_hpe.model.pickled import save_entries
 from cogvlm_hpe.model.sat_weights import LATEST, rank_file
-from cogvlm_hpe.model.weights import HF_CONFIG, SAT_CONFIG, Weights
+from cogvlm_hpe.model.tuned import TunedWeights, squares
+from cogvlm_hpe.model.weights import Weights
 from launcher.comm import Comm
 from launcher.errors import UserError
 from launcher.files import publish_folder, write_json_atomic
@@ -30,58 +28,6 @@ if TYPE_CHECKING:
 _RECIPE = "recipe.json"
 _LOSSES = ".losses.json"
 _SAMPLED_ROWS = 64
-_BLOCK_ELEMENTS = 2**18  # 1 MiB of float32: stays in the cache from the change to the rounded weight
-
-
-class TunedWeights:
-    """A base with merged changes added as its tensors are read: float32, then rounded once to the base's dtype."""
-
-    def __init__(self, base: Weights, changes: Changes) -> None:
-        """Nothing is read before `read`."""
-        self.folder, self.config = base.folder, base.config
-        self._base, self._changes = base, changes
-        self._layers = set(changes.layers())
-        self.losses: dict[str, float] = {}
-        """Layer → ‖rounding error‖ / ‖change‖, of the layers read so far: small changes drown in 16-bit weights."""
-
-    def names(self) -> list[str]:
-        """The base's."""
-        return self._base.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The base's."""
-        return self._base.shape(name)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """The base's."""
-        return self._base.dtype(name)
-
-    def read(self, name: str) -> Tensor:
-        """W + ΔW in the base's dtype. Raises UserError for a tensor that is not finite."""
-        weight, layer = self._base.read(name), name.removesuffix(".weight")
-        if layer not in self._layers:
-            check_finite(name, weight)
-            return weight
-        out = torch.empty_like(weight)
-        size = lost = 0.0
-        step = max(1, _BLOCK_ELEMENTS // weight.shape[1])
-        blocks = self._changes.blocks(layer, step)
-        for change, rows, rounded in zip(blocks, weight.split(step), out.split(step), strict=True):
-            size += _squares(change)
-            exact = change.to(torch.promote_types(torch.float32, weight.dtype)).add_(rows)
-            lost += _squares(exact.sub_(rounded.copy_(exact)))
-        if not math.isfinite(size + lost):  # infinity less infinity is NaN, too
-            check_finite(name, torch.tensor(math.nan))
-        self.losses[layer] = float(f"{(lost / size) ** 0.5:.4g}") if size else 0.0
-        return out
-
-    def flat(self, name: str, start: int, stop: int) -> Tensor:
-        """Of the merged tensor."""
-        return self.read(name).reshape(-1)[start:stop]
-
-    def forget(self, name: str) -> None:
-        """Of the base."""
-        self._base.forget(name)
 
 
 def expected_losses(base: Weights, changes: LowRank) -> dict[str, float]:
@@ -93,8 +39,8 @@ def expected_losses(base: Weights, changes: LowRank) -> dict[str, float]:
         last = min(n_out, first + _SAMPLED_ROWS)
         rows = base.flat(f"{layer}.weight", first * n_in, last * n_in).reshape(-1, n_in)
         change = (factor.b[first:last].double() @ factor.a.double()).mul_(factor.scale)
-        size, exact = _squares(change), change.add_(rows)
-        out[layer] = (_squares(exact.sub_(exact.to(rows.dtype))) / size) ** 0.5 if size else 0.0
+        size, exact = squares(change), change.add_(rows)
+        out[layer] = (squares(exact.sub_(exact.to(rows.dtype))) / size) ** 0.5 if size else 0.0
     return out
 
 
@@ -107,11 +53,6 @@ def _foretell(base: Weights, changes: Changes) -> None:
             "an adapter (--output adapter) loses nothing",
             flush=True,
         )
-
-
-def _squares(matrix: Tensor) -> float:
-    """Sum of squares: float32 within a row, float64 over the rows; the same bits for any number of threads."""
-    return float(torch.linalg.vector_norm(matrix, dim=1).double().square().sum())
 
 
 Job = Callable[[Path, Callable[[], None]], None]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cogvlm_hpe.model.weights import read_json
+from cogvlm_hpe.model.folders import read_json
 from launcher.errors import UserError
 
 ADAPTER_CONFIG = "adapter_config.json"

@@ -7,7 +7,6 @@ from fnmatch import fnmatchcase
 from importlib import metadata
 from typing import Any, Protocol, cast
 
-import torch
 from torch import Tensor
 
 from cogvlm_hpe.merge import arithmetic, layerwise, sparse
@@ -226,10 +225,3 @@ def factors_of(changes: Changes) -> Factors:
         "this method changes single elements, so its result has full rank and is no adapter; "
         "write weights with --output hf or sat, or the nearest adapter with --rank N"
     )
-
-
-def check_finite(name: str, tensor: Tensor) -> None:
-    """Raises UserError naming the tensor that holds NaN or infinity."""
-    ends = torch.stack(torch.aminmax(tensor))  # both NaN where one element is; many times isfinite's speed
-    if not torch.isfinite(ends).all():
-        raise UserError(f"{name}: holds NaN or infinity; the file is damaged or a weight is far too large")

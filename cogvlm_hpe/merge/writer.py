@@ -32,7 +32,7 @@ def prepare(settings: Settings, comm: Comm) -> Job:
 
     Raises UserError for adapters and bases that do not fit together.
     """
-    from cogvlm_hpe.model.load import resolve_base
+    from cogvlm_hpe.model.folders import resolve_base
 
     base, adapters = Base(resolve_base(settings.base)), [read_adapter(path) for path in settings.adapter]
     _check_scope(settings, adapters[0])

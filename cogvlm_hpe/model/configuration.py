@@ -2,7 +2,9 @@
 
 from typing import Any, Literal
 
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
+
+from cogvlm_hpe.model.folders import HF_CONFIG, read_json, resolve_base
 
 
 class CogVLMConfig(PreTrainedConfig):
@@ -40,8 +42,8 @@ class CogVLMConfig(PreTrainedConfig):
 
     @classmethod
     def named(cls, name: str) -> "CogVLMConfig":
-        """A published configuration by its name, one of `PUBLISHED`. Raises KeyError."""
-        return cls(**PUBLISHED[name])
+        """A configuration by its name: one of `PUBLISHED`, or the packaged `tiny`. Raises UserError for another."""
+        return cls.from_dict(PUBLISHED[name] if name in PUBLISHED else read_json(resolve_base(name) / HF_CONFIG))
 
     @property
     def image_tokens(self) -> int:
@@ -73,3 +75,6 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "cogvlm-base-224": {"template_version": "base"} | _SMALL_IMAGE,
 }
 """What sets the published checkpoints apart; everything else is the default. `tiny` is packaged with its weights."""
+
+# exist_ok: a transformers that brings a "cogvlm" of its own is no reason to fail.
+AutoConfig.register(CogVLMConfig.model_type, CogVLMConfig, exist_ok=True)

@@ -1,6 +1,5 @@
 """Checkpoints and adapters from one form into the other, a tensor at a time; what is written is whole or not there."""
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,17 +10,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cogvlm_hpe.merge.base import Base, check_fingerprint
-from cogvlm_hpe.merge.factors import ADAPTER_CONFIG, Factors, read_adapter, write_adapter
+from cogvlm_hpe.merge.factors import Factors, read_adapter, write_adapter
+from cogvlm_hpe.merge.methods import LowRank
 from cogvlm_hpe.model import sat
 from cogvlm_hpe.model.configuration import CogVLMConfig
 from cogvlm_hpe.model.fingerprint import fingerprint_of
-from cogvlm_hpe.model.load import base_of, check_tensors, empty_model
+from cogvlm_hpe.model.folders import ADAPTER_CONFIG, HF_CONFIG, SAT_CONFIG, base_of, is_adapter
 from cogvlm_hpe.model.pickled import Entry, save_entries
-from cogvlm_hpe.model.sat_lora import MergedWeights, adapter_like, factors_of, pairs_of
+from cogvlm_hpe.model.sat_lora import adapter_like, factors_of, pairs_of
 from cogvlm_hpe.model.sat_weights import LATEST, SatWeights, rank_file
-from cogvlm_hpe.model.weights import HF_CONFIG, SAT_CONFIG, Weights, open_weights
+from cogvlm_hpe.model.tuned import TunedWeights
+from cogvlm_hpe.model.weights import Weights
 from launcher.errors import UsageError, UserError
-from launcher.files import atomic_folder
+from launcher.files import atomic_folder, write_json_atomic
 from launcher.progress import Progress
 
 if TYPE_CHECKING:
@@ -45,14 +46,17 @@ def open_source(folder: Path, base: Path | None, alpha: float) -> Source:
 
     Raises UserError where the folder is none of these or its weights are not those its configuration describes.
     """
-    if (folder / ADAPTER_CONFIG).is_file():
+    from cogvlm_hpe.model.load import check_tensors, empty_model  # the model itself, which no writer needs
+
+    if is_adapter(folder):
         source = _open_adapter(folder, base_of(folder) if base is None else base)
     elif base is not None:
         raise UsageError(f"--base belongs to a peft adapter; {folder} is none (no {ADAPTER_CONFIG})")
     else:
-        weights = open_weights(folder)
-        lora = weights.lora_parts() if isinstance(weights, SatWeights) else {}
-        source = Source(weights, factors_of(lora, alpha) if lora else {})
+        opened = Base(folder)
+        lora = opened.weights.lora_parts() if isinstance(opened.weights, SatWeights) else {}
+        source = Source(opened.weights, factors_of(lora, alpha) if lora else {})
+        opened.check(source.factors)
     check_tensors(source.weights, empty_model(source.weights.config, torch.float32))
     return source
 
@@ -66,6 +70,7 @@ def _open_adapter(folder: Path, base: Path) -> Source:
         )
     opened = Base(base)
     check_fingerprint(opened, adapter)
+    opened.check(adapter.factors)
     return Source(opened.weights, adapter.factors, is_peft=True)
 
 
@@ -90,7 +95,7 @@ def write_hf(source: Source, out: Path, max_shard_bytes: int, alpha: float) -> N
     need_room(out, total_bytes(weights))
     with atomic_folder(out) as folder:
         _write_shards(weights, folder, max_shard_bytes)
-        _write_json(folder / HF_CONFIG, hf_config(weights))
+        write_json_atomic(folder / HF_CONFIG, hf_config(weights))
         copy_companions(weights.folder, folder)
         if source.factors:
             (folder / ADAPTER_FOLDER).mkdir()
@@ -134,7 +139,7 @@ def write_shard_index(folder: Path, plan: "StateDictSplit") -> None:
     """The index that says which file a tensor is in, if there are several files."""
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        _write_json(folder / "model.safetensors.index.json", index)
+        write_json_atomic(folder / "model.safetensors.index.json", index)
 
 
 def _write_shards(weights: Weights, folder: Path, max_shard_bytes: int) -> None:
@@ -185,12 +190,13 @@ def write_sat(source: Source, out: Path, mp_size: int) -> None:
         with Progress().bar("write tensors", sum(len(entries) for entries in ranks)) as bar:
             for mp_rank, entries in enumerate(ranks):
                 save_entries(folder / "1" / rank_file(mp_rank), "module", entries, bar.advance)
-        _write_json(folder / SAT_CONFIG, config)
+        write_json_atomic(folder / SAT_CONFIG, config)
         copy_companions(weights.folder, folder)
         (folder / LATEST).write_text("1", encoding="utf-8")
 
 
 def base_entries(weights: Weights, mp_rank: int, mp_size: int, adapted: set[str]) -> list[Entry]:
+    """The tensors of one model-parallel file; `adapted` modules get the names they have below a LoRA."""
     vocab = weights.config.vocab_size
     table = _rotary_table(weights)
     entries = [Entry(sat.INV_FREQ, tuple(table.shape), table.dtype, lambda: table)]
@@ -218,6 +224,7 @@ def _lora_entries(pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]]) -> 
 
 
 def check_mp(weights: Weights, mp_size: int) -> None:
+    """Raises UsageError where this model cannot be split over `mp_size` files."""
     config, tower = weights.config, weights.config.vision_config
     sides = {
         "attention heads": config.num_attention_heads,
@@ -232,8 +239,8 @@ def check_mp(weights: Weights, mp_size: int) -> None:
 
 
 def merged(source: Source) -> Source:
-    """The same with the LoRA added to the weights as they are read. Raises UserError where it does not fit."""
-    return Source(MergedWeights(source.weights, source.factors))
+    """The same with the LoRA added to the weights as they are read."""
+    return Source(TunedWeights(source.weights, LowRank(source.factors)))
 
 
 def _tensor_bytes(weights: Weights, name: str) -> int:
@@ -241,10 +248,12 @@ def _tensor_bytes(weights: Weights, name: str) -> int:
 
 
 def total_bytes(weights: Weights) -> int:
+    """Of all tensors."""
     return sum(_tensor_bytes(weights, name) for name in weights.names())
 
 
 def need_room(out: Path, wanted_bytes: int) -> None:
+    """Raises UserError where the disk of `out` is too small."""
     parent = next(path for path in (out.resolve(), *out.resolve().parents) if path.exists())
     free_bytes = shutil.disk_usage(parent).free
     if free_bytes < wanted_bytes:
@@ -254,16 +263,8 @@ def need_room(out: Path, wanted_bytes: int) -> None:
 
 
 def copy_companions(source: Path, target: Path) -> None:
+    """Copy tokenizer files and the like, where there are any."""
     for pattern in _COMPANIONS:
         for path in sorted(source.glob(pattern)):
             if path.is_file():
                 shutil.copy(path, target / path.name)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    """The tensors of one model-parallel file; `adapted` modules get the names they have below a LoRA."""
-    """Of all tensors."""
-    """Raises UsageError where this model cannot be split over `mp_size` files."""
-    """Copy tokenizer files and the like, where there are any."""
-    """Raises UserError where the disk of `out` is too small."""
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

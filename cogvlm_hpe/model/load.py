@@ -1,7 +1,6 @@
 """From a folder to a model: bases, adapters on them, and what the folder says about both."""
 
 import copy
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,19 +12,23 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
-from cogvlm_hpe.dialogue import DEFAULT_PROMPTS
 from cogvlm_hpe.model.configuration import CogVLMConfig
 from cogvlm_hpe.model.fingerprint import fingerprint
+from cogvlm_hpe.model.folders import (
+    ADAPTER_CONFIG,
+    base_of,
+    is_adapter,
+    read_notes,
+    resolve_base,
+    tokenizer_folder,
+)
 from cogvlm_hpe.model.modeling import CogVLMForCausalLM
 from cogvlm_hpe.model.tokenizer import load_tokenizer
-from cogvlm_hpe.model.weights import HF_CONFIG, SAT_CONFIG, Weights, open_weights
+from cogvlm_hpe.model.weights import Weights, open_weights
 from launcher.errors import UserError
 
-ADAPTER_CONFIG = "adapter_config.json"
-NOTES_FILE = "hpe.json"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """By the names that configs use."""
-_PACKAGED = Path(__file__).parent.parent / "configs"
 _GROUPS_SAID = 4  # of each kind of wrong tensor, so that a message stays readable
 
 
@@ -36,39 +39,6 @@ class Loaded:
     model: CogVLMForCausalLM
     tokenizer: Tokenizer
     notes: dict[str, Any]  # hpe.json: scope, answer_format, prompts, …; defaults for a bare base
-
-
-def resolve_base(name: str | Path) -> Path:
-    """A base folder, Hugging Face's or SAT's, by path or by the name of a packaged one (`tiny`). Raises UserError."""
-    for folder in (Path(name), _PACKAGED / str(name)):
-        if any((folder / file).is_file() for file in (HF_CONFIG, SAT_CONFIG)):
-            return folder
-    packaged = sorted(p.parent.name for p in _PACKAGED.glob("*/config.json"))
-    said = f"no base model there (no {HF_CONFIG} or {SAT_CONFIG})"
-    raise UserError(f"{name}: {said}; name its folder, or one of {', '.join(packaged)}")
-
-
-def is_adapter(folder: str | Path) -> bool:
-    """Whether a folder holds a peft adapter."""
-    return (Path(folder) / ADAPTER_CONFIG).is_file()
-
-
-def read_notes(folder: str | Path) -> dict[str, Any]:
-    """`hpe.json` of a folder over the defaults of a bare base."""
-    path = Path(folder) / NOTES_FILE
-    notes = {"scope": "all", "answer_format": "offset", "prompts": dict(DEFAULT_PROMPTS)}
-    if path.is_file():
-        try:
-            notes |= json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(f"{path}: not JSON ({error}); write the adapter again") from None
-    return notes
-
-
-def base_of(adapter: str | Path) -> Path:
-    """The base folder that an adapter folder names. Raises UserError."""
-    value = json.loads((Path(adapter) / ADAPTER_CONFIG).read_text())
-    return resolve_base(value["base_model_name_or_path"])
 
 
 def load_base(
@@ -152,7 +122,7 @@ def load(
     notes = read_notes(folder if adapter is None else adapter)
     if adapter is not None:
         put_adapter(model, Path(adapter), folder, notes)
-    where = tokenizer or _tokenizer_folder(folder, notes)
+    where = tokenizer or tokenizer_folder(folder, notes)
     return Loaded(model.to(device).eval(), load_tokenizer(Path(where), model.config.vocab_size), notes)
 
 
@@ -173,7 +143,7 @@ def load_several(
         model.load_state_dict(state, assign=True)
         notes = read_notes(adapter)
         put_adapter(model, Path(adapter), folder, notes)
-        where = Path(tokenizer or _tokenizer_folder(folder, notes))
+        where = Path(tokenizer or tokenizer_folder(folder, notes))
         loaded.append(Loaded(model.to(device).eval(), load_tokenizer(where, model.config.vocab_size), notes))
     return loaded
 
@@ -200,11 +170,6 @@ def put_adapter(model: CogVLMForCausalLM, adapter: Path, base: Path, notes: dict
     if lost:
         raise UserError(f"{adapter}: {len(lost)} tensors do not fit its adapter_config.json, the first {lost[0]}")
     model.adapter_scope = notes["scope"]
-
-
-def _tokenizer_folder(base: Path, notes: dict[str, Any]) -> Path:
-    trained_with = Path(notes.get("tokenizer") or base)
-    return trained_with if trained_with.exists() else base
 
 
 def _first_line(error: Exception) -> str:

@@ -13,7 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Cache,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers.utils import ModelOutput
 
 from cogvlm_hpe.model.attention import AfterPrefix, Attend, Where, causal, packed_kernel
@@ -231,7 +238,8 @@ class CogVLMForCausalLM(CogVLMPreTrainedModel, GenerationMixin):
             raise ValueError("branches need pixel_values and image_index")
         for name, given in (("branch_attention_mask", branch_attention_mask), ("branch_labels", branch_labels)):
             if given is not None and given.shape != branch_input_ids.shape:
-                raise ValueError(f"{name} {tuple(given.shape)}: must be as branch_input_ids {branch_input_ids.shape}")
+                wanted = tuple(branch_input_ids.shape)
+                raise ValueError(f"{name} {tuple(given.shape)}: must be as branch_input_ids {wanted}")
         if image_index.shape != branch_input_ids.shape[:1]:
             raise ValueError(f"image_index {tuple(image_index.shape)}: one image for each of {len(branch_input_ids)}")
         mask = torch.ones_like(branch_input_ids) if branch_attention_mask is None else branch_attention_mask
@@ -262,8 +270,12 @@ class CogVLMForCausalLM(CogVLMPreTrainedModel, GenerationMixin):
 
     def _check_pixels(self, pixel_values: Tensor | None) -> None:
         side = self.config.vision_config["image_size"]
-        if pixel_values is not None and pixel_values.shape[1:] != (3, side, side):
+        if pixel_values is None:
+            return
+        if pixel_values.shape[1:] != (3, side, side):
             raise ValueError(f"pixel_values {tuple(pixel_values.shape)}: this model takes (images, 3, {side}, {side})")
+        if not pixel_values.is_floating_point():
+            raise ValueError(f"pixel_values {pixel_values.dtype}: must be floats, normalised by the processor")
 
     def _plain(
         self,
@@ -287,6 +299,8 @@ class CogVLMForCausalLM(CogVLMPreTrainedModel, GenerationMixin):
         for name, given in (("token_type_ids", types), ("attention_mask", mask)):
             if given.shape != shape:
                 raise ValueError(f"{name} {tuple(given.shape)}: must be {shape}, cached tokens included")
+        if labels is not None and labels.shape != input_ids.shape:
+            raise ValueError(f"labels {tuple(labels.shape)}: must be as input_ids {tuple(input_ids.shape)}")
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         hidden = self.model.run_rows(input_ids, types, mask, pixel_values, cache)
@@ -330,8 +344,16 @@ class CogVLMForCausalLM(CogVLMPreTrainedModel, GenerationMixin):
         """Greedy answers to prompts (token ids after eoi), without eos; all questions on an image share its prefix.
 
         `pixel_values` (I, 3, S, S); `image_index[r]` is the image of prompt r. An answer ends at eos or after
-        `max_new_tokens`, one limit for all or one each.
+        `max_new_tokens`, one limit for all or one each. Raises ValueError for what does not fit, before any compute.
         """
         self._check_pixels(pixel_values)
+        if len(image_index) != len(prompts) or not all(0 <= number < len(pixel_values) for number in image_index):
+            raise ValueError(f"image_index {list(image_index)}: name one of {len(pixel_values)} images for each prompt")
+        if not all(prompts):
+            raise ValueError("prompts: each needs a token")
         prefix = self.model.encode_prefix(pixel_values, adapted=self.adapter_scope == "all")
         return greedy(self, prefix, image_index, prompts, max_new_tokens)
+
+
+for _auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+    _auto.register(CogVLMConfig, CogVLMForCausalLM, exist_ok=True)

@@ -13,10 +13,12 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
+from transformers import AutoProcessor, AutoTokenizer, BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 
 from cogvlm_hpe import dialogue
 from cogvlm_hpe.dialogue import AnswerFormat, Parsed
+from cogvlm_hpe.model.configuration import CogVLMConfig
+from cogvlm_hpe.model.folders import base_of, is_adapter, read_notes, tokenizer_folder
 from cogvlm_hpe.model.pixels import normalise
 from cogvlm_hpe.model.tokenizer import FILE_NAME, SENTENCEPIECE_NAME, SPECIAL_TOKENS, load_tokenizer
 from cogvlm_hpe.model.weights import read_config
@@ -150,19 +152,24 @@ class CogVLMProcessor(ProcessorMixin):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, tokenizer: str | Path | None = None, **kwargs: Any
     ) -> "CogVLMProcessor":
-        """A saved processor, or that of a base folder: sizes and template from its config, tokenizer from `tokenizer`.
+        """A saved processor, or that of a base or adapter folder.
 
-        `tokenizer` is a folder, needed where the base's own has none. Raises UserError.
+        A base's config says sizes and template, an adapter names its base and the format of its answers. `tokenizer` is
+        a folder, needed where neither the base has one nor the adapter names it. Raises UserError.
         """
         folder = Path(pretrained_model_name_or_path)
         if tokenizer is None and (folder / _PROCESSOR_FILE).is_file():
             return super().from_pretrained(folder, **kwargs)
-        config = read_config(folder)
+        notes = read_notes(folder)
+        base = base_of(folder) if is_adapter(folder) else folder
+        config = read_config(base)
+        where = tokenizer or tokenizer_folder(base, notes)
         return cls(
-            CogVLMTokenizer.around(load_tokenizer(tokenizer or folder, config.vocab_size)),
+            CogVLMTokenizer.around(load_tokenizer(where, config.vocab_size)),
             config.vision_config["image_size"],
             config.vision_config["patch_size"],
             config.template_version,
+            notes["answer_format"],
         )
 
     @property
@@ -292,7 +299,6 @@ class CogVLMProcessor(ProcessorMixin):
         return out
 
     def _pixels(self, arrays: Sequence[np.ndarray]) -> Tensor:
-
         return normalise(torch.stack([resize(array, self.image_size) for array in arrays]))
 
 
@@ -314,3 +320,7 @@ def _pad(rows: Sequence[Sequence[int]], value: int, side: Side) -> Tensor:
     if side == "left":
         return torch.tensor([[*blank, *row] for blank, row in zip(blanks, rows, strict=True)])
     return torch.tensor([[*row, *blank] for blank, row in zip(blanks, rows, strict=True)])
+
+
+AutoTokenizer.register(CogVLMConfig, tokenizer_class=CogVLMTokenizer, exist_ok=True)
+AutoProcessor.register(CogVLMConfig, CogVLMProcessor, exist_ok=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cogvlm_hpe.model.configuration import CogVLMConfig
-from cogvlm_hpe.model.weights import SAT_CONFIG, read_json
+from cogvlm_hpe.model.folders import SAT_CONFIG, read_json
 from launcher.errors import UserError
 
 INV_FREQ = "mixins.rotary.rotary_emb.inv_freq"

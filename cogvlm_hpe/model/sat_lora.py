@@ -13,7 +13,6 @@ from torch import Tensor
 
 from cogvlm_hpe.merge.factors import Adapter, Factor, Factors
 from cogvlm_hpe.model.configuration import CogVLMConfig
-from cogvlm_hpe.model.weights import Weights
 from launcher.errors import UserError
 
 Pairs = Mapping[str, list[tuple[Tensor, Tensor]]]
@@ -94,59 +93,6 @@ def _padded(a: Tensor, b: Tensor, rank: int, weight: float) -> tuple[Tensor, Ten
         b = (b.double() * weight).float()
     lack = rank - a.shape[0]
     return torch.nn.functional.pad(a, (0, 0, 0, lack)), torch.nn.functional.pad(b, (0, lack))
-
-
-class MergedWeights:
-    """A base with an adapter added to its weights, in float32, each as it is read."""
-
-    def __init__(self, base: Weights, factors: Factors) -> None:
-        """Raises UserError where a factor does not fit its layer."""
-        self.folder, self.config = base.folder, base.config
-        self._base, self._factors = base, {f"{module}.weight": factor for module, factor in factors.items()}
-        self._change = self._lost = 0.0
-        for name, factor in self._factors.items():
-            wanted = (factor.b.shape[0], factor.a.shape[1])
-            if name not in base.names() or base.shape(name) != wanted:
-                raise UserError(f"{base.folder}: has no {name} of shape {wanted}; the adapter belongs to another base")
-
-    @property
-    def rounding(self) -> float:
-        """‖rounding error‖ / ‖adapter's change‖ over the layers read so far: small changes drown in 16-bit weights."""
-        return (self._lost / self._change) ** 0.5 if self._change else 0.0
-
-    def names(self) -> list[str]:
-        """The base's."""
-        return self._base.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The base's."""
-        return self._base.shape(name)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """The base's."""
-        return self._base.dtype(name)
-
-    def read(self, name: str) -> Tensor:
-        """W + scale·B·A, rounded to the base's dtype."""
-        weight, factor = self._base.read(name), self._factors.get(name)
-        if factor is None:
-            return weight
-        change = (factor.b.float() @ factor.a.float()).mul_(factor.scale)
-        self._change += float(change.square().sum(dtype=torch.float64))
-        exact = change.add_(weight)
-        rounded = exact.to(weight.dtype)
-        self._lost += float(exact.sub_(rounded).square().sum(dtype=torch.float64)) if rounded is not exact else 0.0
-        return rounded
-
-    def flat(self, name: str, start: int, stop: int) -> Tensor:
-        """Of the merged tensor."""
-        if name not in self._factors:
-            return self._base.flat(name, start, stop)
-        return self.read(name).reshape(-1)[start:stop]
-
-    def forget(self, name: str) -> None:
-        """Of the base."""
-        self._base.forget(name)
 
 
 def adapter_like(folder: Path, base_fingerprint: str, alpha: float) -> Adapter:

@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cogvlm_hpe.model.folders import SAT_CONFIG
 from cogvlm_hpe.model.sat import Rule, hf_module, hf_name, merge, merge_flat, read_sat_config, split_rule
 from cogvlm_hpe.model.unpickle import load_pickled
-from cogvlm_hpe.model.weights import SAT_CONFIG, drop_pages, state_dict
+from cogvlm_hpe.model.weights import drop_pages, state_dict
 from launcher.errors import UserError
 
 LATEST = "latest"

@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 
 from cogvlm_hpe.dialogue import DEFAULT_PROMPTS, format_tags
-from cogvlm_hpe.model.load import resolve_base
+from cogvlm_hpe.model.folders import resolve_base
 from cogvlm_hpe.model.tokenizer import FILE_NAME, train_tokenizer
 from cogvlm_hpe.train.auxiliary import COLOURS, KINDS
 from launcher.errors import UserError, run_main

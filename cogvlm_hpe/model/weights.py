@@ -1,7 +1,6 @@
 """A base folder's tensors under their Hugging Face names, whatever its format, each read when it is asked for."""
 
 import ctypes
-import json
 import mmap
 import warnings
 from collections.abc import Mapping
@@ -13,11 +12,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cogvlm_hpe.model.configuration import CogVLMConfig
+from cogvlm_hpe.model.folders import HF_CONFIG, SAT_CONFIG, read_json
 from cogvlm_hpe.model.unpickle import load_pickled
 from launcher.errors import UserError
 
-HF_CONFIG = "config.json"
-SAT_CONFIG = "model_config.json"
 _INV_FREQ = "rotary_emb.inv_freq"
 _DTYPES = {
     "F64": torch.float64,
@@ -95,19 +93,6 @@ def read_config(folder: Path) -> CogVLMConfig:
             stacklevel=2,
         )
     return CogVLMConfig(**{key: v for key, v in value.items() if key not in ("auto_map", "model_type")})
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object. Raises UserError."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; copy it from where the folder came") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable JSON ({error}); copy it again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: not a JSON object; copy it again")
-    return value
 
 
 class SafetensorsWeights:

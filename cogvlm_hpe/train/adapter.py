@@ -9,7 +9,8 @@ from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from cogvlm_hpe.config import AdapterConfig, RunConfig
-from cogvlm_hpe.model.load import ADAPTER_CONFIG, DTYPES, empty_model, read_notes, resolve_base
+from cogvlm_hpe.model.folders import ADAPTER_CONFIG, read_notes, resolve_base
+from cogvlm_hpe.model.load import DTYPES, empty_model
 from cogvlm_hpe.model.modeling import CogVLMForCausalLM
 from cogvlm_hpe.model.weights import read_config
 from launcher.errors import UsageError, UserError

@@ -73,7 +73,7 @@ def find_config(base: str) -> "CogVLMConfig":
     Raises UsageError where neither is known.
     """
     from cogvlm_hpe.model.configuration import PUBLISHED, CogVLMConfig
-    from cogvlm_hpe.model.load import resolve_base
+    from cogvlm_hpe.model.folders import resolve_base
     from cogvlm_hpe.model.weights import read_config
     from launcher.errors import UserError
 

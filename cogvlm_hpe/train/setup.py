@@ -20,7 +20,8 @@ from cogvlm_hpe import config as configs
 from cogvlm_hpe.config import RunConfig, ShardsConfig
 from cogvlm_hpe.model.fingerprint import fingerprint
 from cogvlm_hpe.model.fresh import fresh_model
-from cogvlm_hpe.model.load import DTYPES, Loaded, load_base, resolve_base
+from cogvlm_hpe.model.folders import resolve_base
+from cogvlm_hpe.model.load import DTYPES, Loaded, load_base
 from cogvlm_hpe.model.modeling import CogVLMForCausalLM
 from cogvlm_hpe.model.tokenizer import load_tokenizer
 from cogvlm_hpe.model.weights import open_weights, read_config

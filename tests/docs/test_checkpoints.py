@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cogvlm_hpe.model.load import resolve_base
+from cogvlm_hpe.model.folders import resolve_base
 
 PAGE = Path(__file__).parents[2] / "docs" / "checkpoints.md"
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cogvlm_hpe.evaluate.answer import expected_pose, longest_answer
-from cogvlm_hpe.model.load import resolve_base
+from cogvlm_hpe.model.folders import resolve_base
 from cogvlm_hpe.model.tokenizer import load_tokenizer
 
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from cogvlm_hpe.model import CogVLMConfig, CogVLMForCausalLM, CogVLMProcessor, CogVLMTokenizer
-from cogvlm_hpe.model.load import resolve_base
+from cogvlm_hpe.model.folders import resolve_base
 from cogvlm_hpe.model.tokenizer import FILE_NAME, load_tokenizer, train_tokenizer
 
 DATA = Path(__file__).parents[2] / "data" / "tiny0"
@@ -64,6 +66,28 @@ def test_auto_classes_know_processor_and_tokenizer(folder: Path) -> None:
     text = "  Where is it </s>"
     expected = load_tokenizer(folder).encode(text, add_special_tokens=False).ids
     assert tokenizer(text)["input_ids"] == processor.tokenizer(text)["input_ids"] == expected
+
+
+_LATE = """
+import sys
+import cogvlm_hpe
+assert not {"torch", "transformers"} & set(sys.modules), "importing the package must cost nothing"
+import cogvlm_hpe.merge.writer, cogvlm_hpe.model.fingerprint, cogvlm_hpe.model.tokenizer
+assert "transformers.modeling_utils" not in sys.modules, "reading weights needs no model"
+from transformers import AutoConfig
+assert type(AutoConfig.from_pretrained(sys.argv[1])).__name__ == "CogVLMConfig"
+assert "cogvlm_hpe.model.modeling" not in sys.modules
+from transformers import AutoTokenizer, AutoProcessor, AutoModelForCausalLM
+for auto in (AutoTokenizer, AutoProcessor, AutoModelForCausalLM):
+    print(type(auto.from_pretrained(sys.argv[1])).__name__)
+"""
+
+
+@pytest.mark.slow
+def test_the_import_is_light_and_auto_classes_find_the_model_all_the_same(folder: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", _LATE, folder], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["CogVLMTokenizer", "CogVLMProcessor", "CogVLMForCausalLM"]
 
 
 def test_what_is_saved_is_known_to_auto_classes(tmp_path: Path) -> None:

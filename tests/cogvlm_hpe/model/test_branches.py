@@ -121,6 +121,14 @@ def test_answer_is_what_repeated_calls_would_choose(model: CogVLMForCausalLM) ->
     assert model.answer(images()[[0]], [0], [[5, 6, 7]], 5) == [expected]
 
 
+def kept_of_prefix(model: CogVLMForCausalLM, pixels: torch.Tensor) -> int:
+    """Activations of image prefixes (images, tokens, …) that a step keeps for its backward pass."""
+    shape, kept = (len(pixels), model.config.image_tokens + 3), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape[:2] == shape), lambda _: None):
+        call(model, ROWS, pixels)
+    return sum(kept)
+
+
 def test_scope_text_leaves_the_prefix_to_the_base(model: CogVLMForCausalLM) -> None:
     pixels = images()
     base = model.model.encode_prefix(pixels, adapted=True).layers[-1][0].detach()
@@ -129,7 +137,9 @@ def test_scope_text_leaves_the_prefix_to_the_base(model: CogVLMForCausalLM) -> N
         model,
     )
     adapted = model.model.encode_prefix(pixels, adapted=True).layers[-1][0]
+    assert kept_of_prefix(model, pixels) > 0
     model.adapter_scope = "text"
+    assert kept_of_prefix(model, pixels) == 0
     kept = model.model.encode_prefix(pixels, adapted=False).layers[-1][0]
     assert torch.equal(kept, base)
     assert not torch.allclose(adapted, base)
@@ -164,6 +174,17 @@ def test_wrong_shapes_are_told_before_any_compute(model: CogVLMForCausalLM) -> N
         model(pixel_values=images(), image_index=one, branch_input_ids=ids, branch_attention_mask=padded_left)
     with pytest.raises(ValueError, match="image slots"):
         model(input_ids=ids, token_type_ids=torch.tensor([[0, 1]]), pixel_values=images())
+    with pytest.raises(ValueError, match=r"labels \(1, 1\): must be as input_ids \(1, 2\)"):
+        model(input_ids=ids, labels=ids[:, 1:])
+    with pytest.raises(ValueError, match="uint8: must be floats"):
+        model(pixel_values=images().to(torch.uint8), image_index=torch.tensor([0]), branch_input_ids=ids)
+    for index, prompts, said in (
+        ([0], [[5], [6]], r"image_index \[0\]"),
+        ([2], [[5]], "2 images"),
+        ([0], [[]], "token"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            model.answer(images(), index, prompts, 4)
 
 
 @pytest.mark.parametrize(

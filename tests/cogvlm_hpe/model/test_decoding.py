@@ -8,6 +8,7 @@ from cogvlm_hpe.model.configuration import PUBLISHED, CogVLMConfig
 from cogvlm_hpe.model.decoding import code_distributions
 from cogvlm_hpe.model.experts import rope_table
 from cogvlm_hpe.model.modeling import CogVLMForCausalLM
+from launcher.errors import UserError
 
 DIGITS = list(range(20, 30))
 
@@ -44,6 +45,14 @@ def test_each_answer_has_its_own_limit(model: CogVLMForCausalLM) -> None:
     free = model.answer(images(1), [0, 0], [[5, 6, 7], [8]], 6)
     assert min(len(answer) for answer in free) >= 4, "an early eos would make this test say nothing"
     assert model.answer(images(1), [0, 0], [[5, 6, 7], [8]], [2, 4]) == [free[0][:2], free[1][:4]]
+
+
+def test_an_answer_ends_at_eos_and_others_go_on(model: CogVLMForCausalLM) -> None:
+    prompts = [[5, 6, 7], [8]]
+    free = model.answer(images(1), [0, 0], prompts, 6)
+    eos = next(token for token in free[0][1:] if token not in free[1])
+    model.config.eos_token_id = eos
+    assert model.answer(images(1), [0, 0], prompts, 6) == [free[0][: free[0].index(eos)], free[1]]
 
 
 def test_no_questions_no_answers(model: CogVLMForCausalLM) -> None:
@@ -99,4 +108,7 @@ def test_published_configurations_by_name(name: str, tokens: int) -> None:
     assert config.image_tokens == tokens
     assert config.vision_config["num_positions"] == tokens + 1
     assert config.vision_config["num_hidden_layers"] == 63
+    assert CogVLMConfig.named("tiny").image_tokens == 100
+    with pytest.raises(UserError, match="no base model there"):
+        CogVLMConfig.named("cogvlm-none")
     assert set(PUBLISHED) == {"cogvlm-grounding-generalist", "cogvlm-chat", "cogvlm-base-490", "cogvlm-base-224"}

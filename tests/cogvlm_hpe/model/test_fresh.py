@@ -2,8 +2,8 @@
 
 import torch
 
+from cogvlm_hpe.model.folders import resolve_base
 from cogvlm_hpe.model.fresh import cosines, fresh_model, waves
-from cogvlm_hpe.model.load import resolve_base
 from cogvlm_hpe.model.weights import read_config
 
 

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from small_model import small_model
 from tiny_model import small_config
 
-from cogvlm_hpe.model import load as loading
 from cogvlm_hpe.model.configuration import CogVLMConfig
 from cogvlm_hpe.model.convert import Source, write_sat
-from cogvlm_hpe.model.load import empty_model, load, load_base, resolve_base
+from cogvlm_hpe.model.folders import resolve_base, tokenizer_folder
+from cogvlm_hpe.model.load import empty_model, load, load_base
 from cogvlm_hpe.model.modeling import CogVLMForCausalLM
 from cogvlm_hpe.model.weights import open_weights
 from launcher.errors import UserError
@@ -164,8 +164,8 @@ def test_a_tokenizer_with_more_tokens_than_the_model_has_rows_is_refused(base: P
 
 def test_an_adapters_tokenizer_wins_while_it_exists(base: Path, tmp_path: Path) -> None:
     shutil.copy(TINY / "tokenizer.json", base)
-    assert loading._tokenizer_folder(base, {"tokenizer": str(TINY)}) == TINY
-    assert loading._tokenizer_folder(base, {"tokenizer": str(tmp_path / "gone")}) == base
+    assert tokenizer_folder(base, {"tokenizer": str(TINY)}) == TINY
+    assert tokenizer_folder(base, {"tokenizer": str(tmp_path / "gone")}) == base
 
 
 @pytest.mark.parametrize(("side_px", "parameters"), [(490, 17_639_685_376), (224, 17_637_948_928)])

@@ -1,6 +1,7 @@
 """The processor: prompts as CogVLM writes them, pixels as training sees them, rows the model's two calls agree on."""
 
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 from small_model import VISION
 
 from cogvlm_hpe.model import CogVLMConfig, CogVLMForCausalLM, CogVLMProcessor, CogVLMTokenizer
-from cogvlm_hpe.model.load import resolve_base
+from cogvlm_hpe.model.folders import resolve_base
 from cogvlm_hpe.model.pixels import normalise
 from cogvlm_hpe.model.processor import fill_boxes, write_prompt
 from cogvlm_hpe.model.tokenizer import FILE_NAME, load_tokenizer, train_tokenizer
@@ -218,6 +219,18 @@ def test_a_published_folder_and_a_tokenizers_folder_make_one(tmp_path: Path) -> 
         CogVLMProcessor.from_pretrained(PUBLISHED)
     with pytest.raises(UserError, match=rf"{TOKENIZER.get_vocab_size()} tokens, but the model's vocab_size is 320"):
         CogVLMProcessor.from_pretrained(PUBLISHED, tokenizer=resolve_base("tiny"))
+
+
+def test_an_adapters_processor_is_its_bases_with_its_own_answers(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "tiny"}))
+    (tmp_path / "hpe.json").write_text(json.dumps({"answer_format": "signed"}))
+    processor, base = CogVLMProcessor.from_pretrained(tmp_path), CogVLMProcessor.from_pretrained(resolve_base("tiny"))
+    assert (processor.image_size, processor.template) == (base.image_size, base.template)
+    assert processor.tokenizer("Where is the head?") == base.tokenizer("Where is the head?")
+    assert (processor.answer_format, base.answer_format) == ("signed", "offset")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="names no base"):
+        CogVLMProcessor.from_pretrained(tmp_path)
 
 
 def test_a_tokenizer_is_read_from_its_folder_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

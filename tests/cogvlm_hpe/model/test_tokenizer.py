@@ -12,7 +12,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import Tokenizer
 
 from cogvlm_hpe.dialogue import DEFAULT_PROMPTS, format_box, format_pose
-from cogvlm_hpe.model.load import resolve_base
+from cogvlm_hpe.model.folders import resolve_base
 from cogvlm_hpe.model.tiny import sentences
 from cogvlm_hpe.model.tokenizer import (
     FILE_NAME,

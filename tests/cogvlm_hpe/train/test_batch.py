@@ -7,8 +7,8 @@ import torch
 
 from cogvlm_hpe.config import ModelConfig
 from cogvlm_hpe.dialogue import TASKS
+from cogvlm_hpe.model.folders import resolve_base
 from cogvlm_hpe.model.layout import IGNORE
-from cogvlm_hpe.model.load import resolve_base
 from cogvlm_hpe.model.tokenizer import load_tokenizer
 from cogvlm_hpe.train.batch import Collator, choose
 from shards.index import open_set
