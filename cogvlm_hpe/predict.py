@@ -65,11 +65,10 @@ def run(args: argparse.Namespace) -> int:
     paths = pictures.find(args.image)
     alone = len(paths) == 1 and paths[0].suffix.lower() not in pictures.VIDEOS
     _check(args, len(paths), alone)
-    for box in boxes or ():
-        pixels = next(pictures.read(paths[0])).pixels
-        check_inside(box, pixels.shape[1], pixels.shape[0])
-    if alone:
-        pictures.read_image(paths[0])  # a file that is no image is told before the model is read
+    if boxes or alone:  # what is no image, or not in it, is told before the model is read
+        height, width = next(pictures.read(paths[0])).pixels.shape[:2]
+        for box in boxes or ():
+            check_inside(box, width, height)
     from cogvlm_hpe.headpose import HeadPose
     from launcher.progress import track
 

@@ -46,24 +46,33 @@ def geodesic_bars(results: Sequence[Result]) -> bytes | None:
 
 def error_by_yaw(results: Sequence[Result]) -> bytes | None:
     """Mean geodesic error over bins of the true |yaw|: frontal heads left, heads seen from behind right."""
+    return _error_by_bins(results, "by_yaw", metrics.YAW_EDGES_DEG, "true |yaw| (deg)")
+
+
+def error_by_size(results: Sequence[Result]) -> bytes | None:
+    """Mean geodesic error over bins of the head's height: heads far away left, near ones right."""
+    return _error_by_bins(results, "by_size", metrics.SIZE_EDGES, "height of the head, of the image's")
+
+
+def _error_by_bins(results: Sequence[Result], key: str, edges: Sequence[float], label: str) -> bytes | None:
     sets = _posed(results)
     if not sets:
         return None
     figure, axes = _row_of_axes(len(sets), height=3.4)
     for axis, (name, group) in zip(axes, sets.items(), strict=True):
         for i, result in enumerate(group):
-            bins = [b for b in result.tasks["pose"]["by_yaw"] if b["n"]]
+            bins = [b for b in result.tasks["pose"][key] if b["n"]]
             means = np.array([b["geodesic_mean"] for b in bins])
             spans = np.abs(np.array([b["ci95"] for b in bins]).T - means)
-            centres = [(b["from"] + b["to"]) / 2 + i for b in bins]
+            centres = [(b["from"] + b["to"]) / 2 + i * edges[-1] / 180 for b in bins]  # so that bars stand apart
             colour = _colour(results, result)
             axis.errorbar(centres, means, yerr=spans, marker="o", capsize=3, color=colour, label=_short(result.name))
-        bins = [b for b in group[0].tasks["pose"]["by_yaw"] if b["n"]]
+        bins = [b for b in group[0].tasks["pose"][key] if b["n"]]
         centres = [(b["from"] + b["to"]) / 2 for b in bins]
         axis.plot(centres, [b["constant_pose"] for b in bins], "--", color=_GREY, label=CONSTANT)
         axis.set_title(f"{name} (heads: {', '.join(str(b['n']) for b in bins)})")
-        axis.set_xticks(metrics.YAW_EDGES_DEG)
-        axis.set_xlabel("true |yaw| (deg)")
+        axis.set_xticks(edges)
+        axis.set_xlabel(label)
         axis.set_ylabel("mean geodesic error (deg)")
         axis.set_ylim(bottom=0)
         axis.legend(fontsize=7)

@@ -138,6 +138,7 @@ def _pictures(results: Sequence[Result]) -> list[Section]:
             "Left: heads that face the camera; right: heads seen from behind. The numbers are heads per bin.",
             plots.error_by_yaw,
         ),
+        ("Error by size", "by-size", "Left: small heads, far away; right: large ones.", plots.error_by_size),
         ("Spread of the error", "curves", "The higher and further left a curve, the better.", plots.error_curves),
         (
             "Threshold of the merge",

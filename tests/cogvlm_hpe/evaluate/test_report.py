@@ -200,7 +200,7 @@ def test_the_report_is_whole_and_the_page_needs_no_other_file(
     assert "poor" in capsys.readouterr().out and "| good |" in (model / "README.md").read_text()
     markdown, page = (out / "report.md").read_text(), (out / "report.html").read_text()
     pictures = re.findall(r"\]\((report/[\w-]+\.png)\)", markdown)
-    assert len(pictures) == 6 and all((out / picture).is_file() for picture in pictures)
+    assert len(pictures) == 7 and all((out / picture).is_file() for picture in pictures)
     inlined = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     assert not re.search(r"https?://|@import|url\(", page)
     assert [base64.b64decode(data) for data in inlined] == [(out / picture).read_bytes() for picture in pictures]
