@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--adapter", type=Path, action="append", default=[], metavar="DIR",
         help="adapter to put on --model; several give one result folder each",
     )  # fmt: skip
-    add("--shards", type=Path, required=True, metavar="DIR", help="shard set to judge on")
+    add("--shards", type=Path, required=True, metavar="DIR", help="shard set to judge on, or its address")
     add("--limit", type=positive, metavar="N", help="judge only the first N images in key order")
     add("--batch", type=positive, default=16, metavar="N", help="images in one batch (default: %(default)s)")
     add(
@@ -152,7 +152,8 @@ def _judge(
             systems, shard_set, comm, args.tasks, decoding, batch=args.batch, limit=args.limit, workers=args.workers,
             description=names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more", unfinished=work,
         )  # fmt: skip
-    facts = {"device": device, "model": str(Path(args.model).resolve()), "shards": str(args.shards.absolute())}
+    place = str(args.shards.absolute()) if shard_set.remote is None else shard_set.place
+    facts = {"device": device, "model": str(Path(args.model).resolve()), "shards": place}
     if rows is None:
         return
     for (adapter, out, name), system, own in zip(jobs, systems, rows, strict=True):
