@@ -207,7 +207,7 @@ def merge_sweep(results: Sequence[Result]) -> bytes | None:
         thresholds = [result.merge["threshold"] for result in group]
         _band(axis, thresholds, [result.tasks["pose"]["all"]["geodesic"] for result in group], "C0", 1.0)
         axis.set_ylabel("mean geodesic error (deg)", color="C0")
-        axis.set_xlabel("layers more alike than this keep the base's weights")
+        axis.set_xlabel("similarity threshold of the merge")
         axis.set_title(name)
         if all("where" in result.tasks for result in group):
             other = axis.twinx()
