@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from cogvlm_hpe.merge import command
+from cogvlm_hpe.merge import command, methods
+from cogvlm_hpe.merge import settings as known
 from cogvlm_hpe.merge.base import Base
+from cogvlm_hpe.merge.factors import read_adapter
 from cogvlm_hpe.model.fingerprint import fingerprint
 from cogvlm_hpe.model.weights import open_weights
 
@@ -75,6 +77,13 @@ def tuned_weights(adapter: Path) -> dict[str, torch.Tensor]:
     """What peft itself makes of an adapter: the weights of the unloaded, merged float64 model."""
     model = peft.PeftModel.from_pretrained(make_tower().double(), adapter).double().merge_and_unload()
     return {name.removesuffix(".weight"): value.clone() for name, value in model.state_dict().items()}
+
+
+def choose(base: Base, adapters: list[Path], **said: object) -> list[tuple[str, methods.Merged]]:
+    """What a merge would write: each result with its name."""
+    settings = known.Settings(base=str(base.path), adapter=adapters, out=Path("unwritten"), **said)
+    known.check(settings)
+    return methods.merge(settings, base, [read_adapter(path) for path in adapters])
 
 
 def run(base: Base, adapters: list[Path], out: Path, *flags: str) -> int:

@@ -18,12 +18,13 @@ DETAILS = """
 methods, exact on the factors (any --output):
   layerwise        per layer the tuned weight or the original one, whole (HPE-CogVLM); of two adapters one or the other
   linear           weighted average       task-arithmetic  weighted sum
-  cat              sum, e.g. of stages     slerp            spherical interpolation between two adapters, at --t
+  cat              sum of adapters        slerp            spherical interpolation between two adapters, at --t
 methods on single elements, with --density (--output hf or sat, or --rank N for the nearest adapter):
   ties, dare-linear, dare-ties, magnitude-prune, breadcrumbs
 
 Under mpirun the files of --output hf and sat are shared out over the ranks. An interrupted one goes on where it was
 when the same command is given again. A YAML file given as --config holds the same keys with _ for -; flags win.
+One to copy and edit: cogvlm_hpe/configs/merge.yaml.
 """
 _LOG_WIDTH = 130
 _WORST_SHOWN = 5

@@ -82,7 +82,7 @@ def elected(changes: Sequence[Tensor], weights: Sequence[float], mean: bool) -> 
         part = change * weight
         agrees = torch.where(positive, part > 0, part < 0)
         total += part.mul_(agrees)
-        share += agrees * weight
+        share.add_(agrees, alpha=weight)
     return total.div_(share.masked_fill_(share == 0, 1.0)) if mean else total
 
 

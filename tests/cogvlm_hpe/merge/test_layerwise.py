@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from merging import make_adapter, make_base, make_tower, run, tuned_weights
+from merging import choose, make_adapter, make_base, make_tower, run, tuned_weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cogvlm_hpe.merge import factors, layerwise, products
+from cogvlm_hpe.merge import factors, layerwise, products, settings
 from cogvlm_hpe.merge.base import Base
 from launcher.errors import UsageError, UserError
 
@@ -24,18 +24,18 @@ def rows_of(out: Path) -> dict[str, dict]:
     return {row["layer"]: row for row in json.loads((out / "merge.json").read_text())["layers"]}
 
 
-@pytest.mark.parametrize(("quantile", "above", "below"), [("0", 9, 1), ("0.5", 5, 5), ("0.6", 4, 5), ("1", 1, 9)])
-def test_both_directions_keep_whole_layers(tmp_path: Path, base: Base, quantile: str, above: int, below: int) -> None:
+@pytest.mark.parametrize(("quantile", "above", "below"), [(0.0, 9, 1), (0.5, 5, 5), (0.6, 4, 5), (1.0, 1, 9)])
+def test_both_directions_keep_whole_layers(tmp_path: Path, base: Base, quantile: float, above: int, below: int) -> None:
     path = make_adapter(tmp_path / "a")
     for keep, count in (("above", above), ("below", below)):
-        out = tmp_path / keep
-        run(base, [path], out, "--quantile", quantile, "--keep", keep)
-        rows, merge = rows_of(out), json.loads((out / "merge.json").read_text())
-        kept = {layer for layer, row in rows.items() if row["winner"] == "tuned"}
-        assert len(kept) == count and kept == set(factors.read_adapter(out).factors)
+        [(_, merged)] = choose(base, [path], quantile=quantile, keep=keep)
+        threshold = merged.record["threshold"]
+        kept = {choice.layer for choice in merged.choices if choice.tuned}
+        assert len(kept) == count and kept == set(merged.changes.layers())
         side = np.greater_equal if keep == "above" else np.less_equal
-        assert all(side(row["similarity"], merge["threshold"]) == (layer in kept) for layer, row in rows.items())
-        assert any(row["similarity"] == merge["threshold"] for row in rows.values())
+        assert len(merged.choices) == 9
+        assert all(side(choice.similarity, threshold) == (choice.layer in kept) for choice in merged.choices)
+        assert any(choice.similarity == threshold for choice in merged.choices)
 
 
 def test_a_threshold_that_no_layer_is_below_is_refused(tmp_path: Path, base: Base) -> None:
@@ -45,24 +45,23 @@ def test_a_threshold_that_no_layer_is_below_is_refused(tmp_path: Path, base: Bas
 
 def test_a_sweep_holds_what_single_merges_write(tmp_path: Path, base: Base) -> None:
     path, out = make_adapter(tmp_path / "a"), tmp_path / "sweep"
-    run(base, [path], out, "--sweep", "0.25,0.5,0.75", "--keep", "below")
-    assert sorted(p.name for p in out.iterdir()) == [
-        "quantile-0.25", "quantile-0.5", "quantile-0.75", "sweep.json", "sweep.md"
-    ]  # fmt: skip
-    for quantile in ("0.25", "0.5", "0.75"):
+    run(base, [path], out, "--sweep", "0.25,0.75", "--keep", "below")
+    assert sorted(p.name for p in out.iterdir()) == ["quantile-0.25", "quantile-0.75", "sweep.json", "sweep.md"]
+    for quantile in ("0.25", "0.75"):
         name = f"quantile-{quantile}"
         run(base, [path], tmp_path / "alone" / name, "--quantile", quantile, "--keep", "below")
         for file in (path for path in (tmp_path / "alone" / name).rglob("*") if path.is_file()):
             assert (out / name / file.relative_to(tmp_path / "alone" / name)).read_bytes() == file.read_bytes()
     table = json.loads((out / "sweep.json").read_text())
-    assert [row["tuned"] for row in table] == [3, 5, 7] and (out / "sweep.md").read_text().count("| quantile-") == 3
+    assert [row["tuned"] for row in table] == [3, 7] and (out / "sweep.md").read_text().count("| quantile-") == 2
 
 
 def test_a_sweep_reads_the_base_once(tmp_path: Path, base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[str] = []
     real = Base.rows
     monkeypatch.setattr(Base, "rows", lambda self, layer, *ends: (reads.append(layer), real(self, layer, *ends))[1])
-    run(base, [make_adapter(tmp_path / "a")], tmp_path / "out", "--sweep", "0.1,0.5,0.9")
+    names = [name for name, _ in choose(base, [make_adapter(tmp_path / "a")], sweep=[0.1, 0.5, 0.9])]
+    assert names == ["quantile-0.1", "quantile-0.5", "quantile-0.9"]
     assert sorted(reads) == sorted(set(reads)) and len(reads) == 9
 
 
@@ -135,6 +134,15 @@ def test_a_yaml_file_says_the_same_as_flags_and_flags_win(tmp_path: Path, base: 
     run(base, [path], tmp_path / "out", "--config", str(file), "--quantile", "0.6")
     merge = json.loads((tmp_path / "out" / "merge.json").read_text())
     assert (merge["keep"], merge["granularity"], merge["quantile"]) == ("below", "block", 0.6)
+
+
+def test_the_packaged_recipe_is_the_methods_defaults() -> None:
+    """It may be edited and used as it is; what it spells out is what the flags' defaults do."""
+    path = Path(settings.__file__).parents[1] / "configs" / "merge.yaml"
+    recipe = settings.from_mapping(settings.read_yaml(path), str(path))
+    settings.check(recipe)
+    plain = settings.Settings(recipe.base, recipe.adapter, recipe.out, quantile=layerwise.DEFAULT_QUANTILE)
+    assert recipe == plain and recipe.method == "layerwise"
 
 
 @pytest.mark.parametrize(

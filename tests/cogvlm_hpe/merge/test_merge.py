@@ -58,13 +58,6 @@ def test_one_adapter_with_weight_one_is_that_adapter(tmp_path: Path, base: Base,
         assert new["lora_alpha"] == old["lora_alpha"]
 
 
-def test_quantile_zero_keeps_every_layer(tmp_path: Path, base: Base) -> None:
-    path, out = make_adapter(tmp_path / "a"), tmp_path / "out"
-    run(base, [path], out, "--quantile", "0")
-    before, after = tuned_weights(path), tuned_weights(out)
-    assert all(torch.equal(after[name], before[name]) for name in before)
-
-
 def test_sum_of_adapters_has_no_cross_terms(tmp_path: Path, base: Base) -> None:
     first, second = make_adapter(tmp_path / "a"), make_adapter(tmp_path / "b", seed=2, r=3, target_modules=["dense"])
     run(base, [first, second], tmp_path / "out", "--method", "task-arithmetic", "--weight", "0.5", "--weight", "-2")
