@@ -1,10 +1,10 @@
-# Read by the batch scripts here: finds the project and its programs, and says where the job runs.
+# Read by the scripts here: finds the project and its programs, and says where a job runs.
 home=${HPE_HOME:-$SLURM_SUBMIT_DIR}
 site=${HPE_SITE:-$home/slurm/site.conf}
 if [ -f "$site" ]; then . "$site"; fi
 launch=$home/.venv/bin/hpe-launch
 [ -x "$launch" ] || launch=$(command -v hpe-launch) || {
-    echo "$SLURM_JOB_NAME: no hpe-launch in $home/.venv/bin or on PATH: install the project, or see slurm/site.conf.example" >&2
+    echo "${SLURM_JOB_NAME:-${0##*/}}: no hpe-launch in $home/.venv/bin or on PATH: install the project, or see slurm/site.conf.example" >&2
     exit 1
 }
-echo "== $(date '+%F %T') job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start $((${SLURM_RESTART_COUNT:-0} + 1))"
+[ -z "${SLURM_JOB_ID:-}" ] || echo "== $(date '+%F %T') job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start $((${SLURM_RESTART_COUNT:-0} + 1))"

@@ -7,6 +7,8 @@
 #SBATCH --mem=64G
 #SBATCH --time=2:00:00
 #SBATCH --output=%x-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue              # it begins anew: minutes
 set -u
 common=${HPE_HOME:-$SLURM_SUBMIT_DIR}/slurm/common.sh
 [ -f "$common" ] || { echo "no $common: run sbatch from the project's root, or set HPE_HOME to it" >&2; exit 2; }

@@ -1,55 +1,93 @@
 #!/bin/bash
-# Submits the whole chain, each stage once those before it have succeeded: supervised -> merge -> evaluate -> report.
-#   slurm/pipeline.sh CONFIG BASE TEST_SHARDS OUT [words for the training, such as --train.max_steps 100]
-# OUT gets lora/, merged/, evaluation/{base,lora,merged}/ and report.html. In the environment, for each stage:
+# Submits the whole chain, each stage once those before it have succeeded:
+# weak -> supervised -> merge -> continued -> evaluate -> report.
+#   slurm/pipeline.sh [--weak FILE] [--continued FILE] CONFIG BASE TEST_SHARDS OUT [--train.key value …]
+# CONFIG is the supervised stage's; weak and continued are left out where no FILE is given for them, and words after OUT
+# go to all trainings. OUT gets a folder for each stage, adapters/ with a link to what each has made,
+# evaluation/{base,adapters/…} and report.html. In the environment, for each kind of job:
 #   TRAIN_SBATCH MERGE_SBATCH EVALUATE_SBATCH REPORT_SBATCH   options of sbatch, as in "--nodes=4 --time=12:00:00"
 #   MERGE_WORDS EVALUATE_WORDS                                words of the program (default: --method layerwise; none)
 set -eu
 fail() { echo "pipeline: $1" >&2; exit 2; }
-[ $# -ge 4 ] || fail "usage: slurm/pipeline.sh CONFIG BASE TEST_SHARDS OUT [--train.key value …]"
-config=$1 base=$2 shards=$3 out=$4 here=${HPE_HOME:-$PWD}/slurm
+weak= continued=
+while [ $# -gt 1 ]; do
+    case $1 in
+        --weak) weak=$2 ;;
+        --continued) continued=$2 ;;
+        *) break ;;
+    esac
+    shift 2
+done
+[ $# -ge 4 ] || fail "usage: slurm/pipeline.sh [--weak FILE] [--continued FILE] CONFIG BASE TEST_SHARDS OUT [--train.key value …]"
+export HPE_HOME=${HPE_HOME:-$PWD}
+config=$1 base=$2 shards=$3 out=$4 here=$HPE_HOME/slurm merge_words=${MERGE_WORDS:---method layerwise}
 shift 4
 [ -f "$here/common.sh" ] || fail "no $here/common.sh: run it from the project's root, or set HPE_HOME to it"
-[ -f "$config" ] || fail "$config: no such config"
+. "$here/common.sh"
 [ -d "$base" ] || fail "$base: no such folder; name that of the base"
 [ -f "$shards/index.json" ] || fail "$shards: no finished shard set; build it with slurm/shards.sh"
+case $merge_words in *--output*) fail "MERGE_WORDS '$merge_words': the stages after it take an adapter; leave --output out" ;; esac
 [ ! -e "$out" ] || fail "$out is there already: name another folder, or remove it"
-mkdir -p "$out"
+for file in ${weak:+"$weak"} "$config" ${continued:+"$continued"}; do
+    "${launch%hpe-launch}cogvlm-hpe" train --config "$file" --model.base "$base" "$@" --check || fail "$file: see above; nothing was submitted"
+done
+case $out in *[[:space:]]*) fail "$out: name a folder without spaces" ;; esac
+mkdir -p "$out/adapters"
+out=$(cd "$out" && pwd)
 
-jobs=
+jobs= adapters= results=$out/evaluation/base
 # NAME OPTIONS PREDECESSORS SCRIPT WORDS…: the job's number is left in $id. Who waits for a failed one is cancelled.
 submit() {
     local name=$1 options=$2 after=$3
     shift 3
     # shellcheck disable=SC2086 # options are words to be split
-    id=$(sbatch --parsable --kill-on-invalid-dep=yes ${after:+--dependency=afterok:$after} --job-name="hpe-$name" \
+    id=$(sbatch --parsable --kill-on-invalid-dep=yes ${after:+--dependency=$after} --job-name="hpe-$name" \
         --output="$out/%x-%j.log" $options "$@") || { [ -z "$jobs" ] || scancel $jobs; fail "$name: sbatch refused it; the stages before it are cancelled"; }
     id=${id%%;*}
     jobs="$jobs $id"
-    printf '%-16s job %-8s %s\n' "$name" "$id" "${after:+after $after}"
+    case $after in afterok:*) after="after ${after#afterok:}" ;; afternotok:*) after="only if one of them fails" ;; esac
+    printf '%-20s job %-8s %s\n' "$name" "$id" "$after"
+}
+adapter() { # NAME FOLDER
+    ln -s "../$2" "$out/adapters/$1"
+    adapters="$adapters --adapter $out/adapters/$1"
+    results="$results $out/evaluation/adapters/$1"
+    from=$out/adapters/$1
+    last=$id
+}
+from= last=
+train() { # NAME CONFIG WORDS…
+    local name=$1 file=$2
+    shift 2
+    submit "$name" "${TRAIN_SBATCH:-}" "${last:+afterok:$last}" "$here/train.sh" "$file" --run-dir "$out/$name" \
+        --model.base "$base" ${from:+--adapter.init "$from"} "$@"
+    first=${first:-$id}
+    adapter "$name" "$name/last"
 }
 
-submit train "${TRAIN_SBATCH:-}" "" "$here/train.sh" "$config" --run-dir "$out/lora" --model.base "$base" "$@"
-train=$id
+[ -z "$weak" ] || train weak "$weak" "$@"
+train supervised "$config" "$@"
 # shellcheck disable=SC2086
-submit merge "${MERGE_SBATCH:-}" "$train" "$here/merge.sh" \
-    --base "$base" --adapter "$out/lora/last" ${MERGE_WORDS:---method layerwise} --out "$out/merged"
-merge=$id
-judged=
-judge() { # SYSTEM MODEL PREDECESSOR
-    # shellcheck disable=SC2086
-    submit "evaluate-$1" "${EVALUATE_SBATCH:-}" "$3" "$here/evaluate.sh" \
-        --model "$2" --name "$1" --shards "$shards" ${EVALUATE_WORDS:-} --resume --out "$out/evaluation/$1"
-    judged=$judged:$id
-}
-judge base "$base" "$train"
-judge lora "$out/lora/last" "$train"
-judge merged "$out/merged" "$merge"
-submit report "${REPORT_SBATCH:-}" "${judged#:}" "$here/report.sh" "$out/evaluation" --out "$out"
+submit merge "${MERGE_SBATCH:-}" "afterok:$last" "$here/merge.sh" \
+    --base "$base" --adapter "$from" $merge_words --out "$out/merged"
+adapter merged merged
+[ -z "$continued" ] || train continued "$continued" "$@"
+# shellcheck disable=SC2086
+submit evaluate-base "${EVALUATE_SBATCH:-}" "afterok:$first" "$here/evaluate.sh" \
+    --model "$base" --name base --shards "$shards" ${EVALUATE_WORDS:-} --out "$out/evaluation/base"
+judged=$id
+# shellcheck disable=SC2086 # all adapters at once: they share the base and what they all see of an image
+submit evaluate-adapters "${EVALUATE_SBATCH:-}" "afterok:$last" "$here/evaluate.sh" \
+    --model "$base" $adapters --shards "$shards" ${EVALUATE_WORDS:-} --out "$out/evaluation/adapters"
+# shellcheck disable=SC2086
+submit report "${REPORT_SBATCH:-}" "afterok:$judged:$id" "$here/report.sh" $results --out "$out"
+stages=${jobs# }
+# Slurm ends this one without a start where every stage succeeds.
+submit failed "${REPORT_SBATCH:-}" "afternotok:${stages// /?afternotok:}" --output="$out/FAILED.txt" "$here/failed.sh" $stages
 cat <<END
-follow:  squeue --me                      a failed stage cancels those after it
+follow:  squeue --me                      a failed stage cancels those after it, and $out/FAILED.txt says so
          tail -f $out/hpe-*.log
-         hpe-launch status $out/lora      step, time left, losses
+         hpe-launch status $out/supervised      step, time left, losses
 stop:    scancel$jobs
 end:     $out/report.html
 END

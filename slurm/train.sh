@@ -33,7 +33,7 @@ if [ "$code" = 85 ] && [ "$ending" = no ]; then
     if [ "$restarts" -lt "${HPE_MAX_RESTARTS:-20}" ]; then
         trap '' USR1 TERM
         echo "== $(date '+%F %T') back into the queue"
-        scontrol requeue "$SLURM_JOB_ID" && sleep 60
+        scontrol requeue "$SLURM_JOB_ID" && trap - TERM && sleep 60    # TERM, which Slurm now sends, ends it
     else
         echo "$SLURM_JOB_NAME: restarted $restarts times already; submit it again with --resume, or raise HPE_MAX_RESTARTS" >&2
     fi

@@ -1,6 +1,7 @@
 """A private Slurm with two virtual nodes of this machine, in a temporary folder; it touches nothing of the system's."""
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -55,7 +56,8 @@ SlurmdParameters=config_overrides
 GresTypes=gpu
 JobRequeue=1
 MinJobAge=300
-KillWait=10
+FirstJobId={first_job}
+KillWait=8
 InactiveLimit=0
 UnkillableStepTimeout=30
 MailProg=/bin/true
@@ -97,8 +99,28 @@ class Slurm:
         deadline_s = time.monotonic() + timeout_s
         while (job := self.job(number))["JobState"] not in states:
             assert time.monotonic() < deadline_s, f"job {number} is not {states}: {job}\n{self.log(job)}"
-            time.sleep(0.5)
+            time.sleep(0.2)
         return job
+
+    def wait_while_running(self, number: int) -> None:
+        """Until the job no longer runs."""
+        self.wait_until(number, *_FINISHED, "PENDING", "COMPLETING", "PREEMPTED", "REQUEUED")
+
+    def mend(self, node: str) -> None:
+        """The node, if it was set down, takes jobs again."""
+        deadline_s = time.monotonic() + 60
+        while "DOWN" in self.call("scontrol", "-o", "show", "node", node).partition("State=")[2].split()[0]:
+            assert time.monotonic() < deadline_s, f"{node} stays down"
+            self.call("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
+            time.sleep(0.5)
+
+    def wait_for_start(self, number: int, start: int) -> None:
+        """Once the job runs for at least the `start`-th time; Slurm holds it back for cred_expire and a second."""
+        deadline_s = time.monotonic() + 240
+        while int((job := self.job(number))["Restarts"]) + 1 < start or job["JobState"] != "RUNNING":
+            ended = job["JobState"] in ("COMPLETED", "FAILED", "CANCELLED")
+            assert time.monotonic() < deadline_s and not ended, f"{job}\n{self.log(job)}"
+            time.sleep(0.2)
 
     def finish(self, number: int, timeout_s: float = 240) -> tuple[str, int, str]:
         """State, exit code and output of the job, once it has ended."""
@@ -139,7 +161,10 @@ def _start(root: Path, env: dict[str, str]) -> None:
     key.write_bytes(os.urandom(1024))
     key.chmod(0o600)
     host = socket.gethostname().split(".")[0]
-    (root / "slurm.conf").write_text(_CONF.format(root=root, host=host, ports=[free_port() for _ in range(3)]))
+    first_job = random.randrange(1, 9000)  # ranks take their port from it, and another private Slurm may run beside
+    (root / "slurm.conf").write_text(
+        _CONF.format(root=root, host=host, ports=[free_port() for _ in range(3)], first_job=first_job)
+    )
     (root / "gres.conf").write_text(f"NodeName=node[1-2] Name=gpu File={root}/dev/nvidia[0-1]\n")
     run = root / "run"
     munge = {"key-file": key, "socket": run / "munge.sock", "pid-file": run / "munged.pid"}
@@ -161,6 +186,11 @@ def _idle(env: dict[str, str]) -> int:
 
 def _stop(root: Path, env: dict[str, str]) -> None:
     subprocess.run(["scancel", "--full", "--user=root"], env=env, timeout=30, capture_output=True)
+    deadline_s = time.monotonic() + 30
+    while subprocess.run(["squeue", "-h"], env=env, timeout=30, capture_output=True).stdout:  # else steps stay behind
+        if time.monotonic() > deadline_s:
+            break
+        time.sleep(0.2)
     subprocess.run(["scontrol", "shutdown"], env=env, timeout=30, capture_output=True)
     deadline_s = time.monotonic() + 20
     while list(root.glob("run/slurm*.pid")) and time.monotonic() < deadline_s:

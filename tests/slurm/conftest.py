@@ -14,3 +14,10 @@ def slurm() -> Iterator[Slurm]:
         pytest.skip("a private Slurm needs root, slurmctld, slurmd and munge; make test-slurm sees to it")
     with private_slurm() as running:
         yield running
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What tests have measured."""
+    for report in terminalreporter.getreports("passed"):
+        for what, said in report.user_properties:
+            terminalreporter.write_line(f"{what}: {said}")
