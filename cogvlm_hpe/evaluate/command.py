@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from shards.index import ShardSet
 
 HELP = "judge a model on a shard set: pose, grounding and answer formats"
+EPILOG = """starting it
+  cogvlm-hpe evaluate --model DIR --shards DIR --out DIR                 one rank
+  mpirun -np 8 cogvlm-hpe evaluate --model DIR --shards DIR --out DIR    eight; the same bytes in OUT
+  hpe-launch evaluate …   finds the way itself;   sbatch slurm/evaluate.sh …   as a job
+then `cogvlm-hpe report OUT…` compares. docs/evaluation.md says more."""
 TASKS = ("pose", "where", "what", "facing", "tags")
 _SAID_OF_MODELS = ("scope", "answer_format", "prompts", "base_fingerprint", "merge")
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
