@@ -217,8 +217,6 @@ def test_forms_that_cannot_be_meant(
 _MEMORY = """
 import json, sys
 from cogvlm_hpe.cli import main
-import cogvlm_hpe.merge.writer, peft, huggingface_hub, transformers, torch
-import matplotlib.figure, matplotlib.backends.backend_agg
 def resident(key):
     return int(next(l for l in open("/proc/self/status") if l.startswith(key)).split()[1]) * 1024
 for words in json.loads(sys.argv[1]):
@@ -231,27 +229,28 @@ for words in json.loads(sys.argv[1]):
 
 @pytest.mark.slow
 def test_merge_peak_memory_below_bound(tmp_path: Path) -> None:
-    """A base of 100 MB in layers of 4 MB takes as much as docs/merging.md says, be it chosen from or written again."""
+    """A base of 67 MB in layers of 2 MB takes as much as docs/merging.md says, be it chosen from or written again."""
     base = tmp_path / "base"
     base.mkdir()
     (base / "config.json").write_text('{"rms_norm_eps": 1e-05}')
-    names = [f"model.layers.{n}.self_attn.language_expert_dense" for n in range(24)]
-    layer = torch.randn(2048, 1024).bfloat16()
+    names = [f"model.layers.{n}.self_attn.language_expert_dense" for n in range(32)]
+    layer = torch.randn(1024, 1024).bfloat16()
     tensors = {f"{name}.weight": layer.clone() for name in names} | {"lm_head.weight": layer[:8].clone()}
     save_file(tensors, base / "model.safetensors")
     pair = [make_cogvlm_adapter(tmp_path / name, base, seed) for seed, name in enumerate("ab", 1)]
     lean = ["merge", "--base", str(base), "--adapter", str(pair[0])]
-    dense = [*lean, "--adapter", str(pair[1]), *TIES, "--output", "hf", "--max-shard-gb", "0.01"]
-    commands = [[*words, "--out", str(tmp_path / name)] for name, words in (("lean", lean), ("dense", dense))]
+    dense = [*lean, "--adapter", str(pair[1]), *TIES, "--output", "hf", "--max-shard-gb", "0.005"]
+    commands = [
+        [*words, "--out", str(tmp_path / name)] for name, words in (("warm", lean), ("lean", lean), ("dense", dense))
+    ]
     # glibc gives back at once what is above its threshold, which else climbs to 32 MiB: real layers are beyond that.
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
     command = [sys.executable, "-c", _MEMORY, json.dumps(commands)]
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
-    grown = [int(line) for line in done.stdout.splitlines() if line.isdigit()]
+    _, chosen, written = (int(line) for line in done.stdout.splitlines() if line.isdigit())
     factors_bytes = sum((path / "adapter_model.safetensors").stat().st_size for path in pair)
-    slack = 24 * 2**20  # the picture, the tables, what the allocator keeps
-    assert layer.nbytes * len(names) > 10**8  # more than either bound
-    assert grown[0] < 4 * layer.nbytes + factors_bytes + slack, f"{grown[0] / 2**20:.0f} MiB"
+    slack = 20 * 2**20  # the picture, the tables, what the allocator keeps; with it less than the base has bytes
+    assert chosen < 4 * layer.nbytes + factors_bytes + slack, f"{chosen / 2**20:.0f} MiB"
     tensors_of_a_layer = (len(pair) + 4) * 4 * layer.numel()
-    assert grown[1] < 10**7 + tensors_of_a_layer + factors_bytes + slack, f"{grown[1] / 2**20:.0f} MiB"
+    assert written < 5 * 10**6 + tensors_of_a_layer + factors_bytes + slack, f"{written / 2**20:.0f} MiB"
