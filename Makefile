@@ -29,7 +29,7 @@ lint: .venv/installed-test
 
 test-slurm: .venv/installed-test
 	tests/slurm/install.sh
-	$(BIN)/python -m pytest -m slurm
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/slurm
 
 bench: .venv/installed-bench
 	for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done

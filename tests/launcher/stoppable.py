@@ -24,12 +24,12 @@ def main(out: Path, way: str) -> int:
     deadline_s = time.monotonic() + 60
     while not (flag and flag.raised) and time.monotonic() < deadline_s:
         time.sleep(0.05)
-    time.sleep(1.0)
+    time.sleep(0.3)
     (out / f"{rank}.saved").touch()
     if flag:
         flag.leave()
     if way == "linger":
-        time.sleep(3.0)
+        time.sleep(1.5)
     return 85
 
 
