@@ -6,7 +6,7 @@ import time
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from launcher.errors import UsageError
 from launcher.progress import clock
@@ -79,11 +79,19 @@ def read_status(run: Path, now_s: float | None = None) -> Status:
     )
 
 
-def progress(run: Path) -> tuple[int, int]:
-    """The last global step that `run` has saved, and the last one it has written down; 0 where there is none."""
+class Progress(NamedTuple):
+    """How far a run is: how often it has begun, and the last global step it has saved and has written down, or 0."""
+
+    starts: int
+    saved: int
+    made: int
+
+
+def progress(run: Path) -> Progress:
+    """What `run` has written of its progress; all 0 where there is none."""
     steps = [int(line["global_step"]) for line in _json_lines(run / "metrics.jsonl")]
     saved = _step_of(_newest(run))
-    return saved, max([*steps, saved])
+    return Progress(len(_starts(run / "run.json")), saved, max([*steps, saved]))
 
 
 def describe(status: Status) -> str:

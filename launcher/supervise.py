@@ -12,10 +12,13 @@ import sys
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launcher.command import Command
 from launcher.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USAGE
+
+if TYPE_CHECKING:
+    from launcher.status import Progress
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _GRACE_S = 5.0
@@ -89,26 +92,27 @@ class Supervisor:
         _say(f"the ranks ended with {describe(code)}; see the messages above and the run's log")
         return EXIT_FAILURE
 
-    def run_again(self, start: Callable[[bool], Command], progress: Callable[[], tuple[int, int]], bound: int) -> int:
+    def run_again(self, start: Callable[[bool], Command], progress: "Callable[[], Progress]", bound: int) -> int:
         """Run start(False), and as long as crashes are bad luck start(True), which resumes; the last one's exit code.
 
-        At most `bound` times again. progress() gives the last step the run has saved and the last one it has made.
+        At most `bound` times again. progress() tells how far the run is.
         """
         restarts = in_vain = 0
-        saved, _ = progress()
+        now = progress()
         while True:
             code = self.run(start(restarts > 0))
             if code != EXIT_FAILURE or self.asked:
                 return code
-            before, (saved, made) = saved, progress()
-            in_vain = 0 if saved > before else in_vain + 1
-            reason = why_not_again(restarts, in_vain, saved, made, bound)
+            before, now = now, progress()
+            in_vain = 0 if now.saved > before.saved else in_vain + 1
+            stepped = now.starts > before.starts and now.made > now.saved
+            reason = why_not_again(restarts, in_vain, stepped, now.saved, bound)
             if reason is not None:
                 if restarts:
-                    _say(f"not started again: {reason}; `hpe-launch train … --resume` goes on after step {saved}")
+                    _say(f"not started again: {reason}; `hpe-launch train … --resume` goes on after step {now.saved}")
                 return code
             restarts += 1
-            _say(f"the run crashed after step {made}: start {restarts + 1}, from step {saved}")
+            _say(f"the run crashed after step {now.made}: start {restarts + 1}, from step {now.saved}")
 
     def _stop(self, number: int, _frame: FrameType | None) -> None:
         self._requests.append(number)
@@ -129,17 +133,17 @@ def run(command: Command, *, graceful: bool) -> int:
         return supervisor.run(command)
 
 
-def why_not_again(restarts: int, in_vain: int, saved: int, made: int, bound: int) -> str | None:
+def why_not_again(restarts: int, in_vain: int, stepped: bool, saved: int, bound: int) -> str | None:
     """Why a crashed run is not started again; None where it is.
 
-    `in_vain`: starts in a row that crashed without a new checkpoint. Once that may be chance, if the run has ever made
-    a step; twice it is not.
+    `in_vain`: starts in a row that crashed without a new checkpoint, the last of which has `stepped` or not. Once may
+    be chance, if the run ever makes a step; twice is not.
     """
     if in_vain >= _LOOP:
         return f"{in_vain} starts in a row crashed before a checkpoint after step {saved}, which is no bad luck"
     if restarts >= bound:
         return f"it has been {restarts} times already (--max-restarts)"
-    if in_vain and not restarts and made <= saved:
+    if in_vain and not restarts and not stepped:
         return "it made no step"
     return None
 

@@ -78,7 +78,7 @@ def test_the_pause_before_a_resumed_start_does_not_count(tmp_path: Path) -> None
     seen = status.read_status(run)
     assert seen.eta_s == pytest.approx(6.0 * 70)
     assert seen.scores == {"mae_deg": 9.0}
-    assert status.progress(run) == (20, 30)
+    assert status.progress(run) == (2, 20, 30)
 
 
 def test_a_torn_checkpoint_does_not_count(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_run_just_begun_and_a_folder_without_one(tmp_path: Path) -> None:
     assert "none yet" in status.describe(seen)
     with pytest.raises(UsageError, match="no run folder"):
         status.read_status(tmp_path / "nowhere")
-    assert status.progress(tmp_path / "nowhere") == (0, 0)
+    assert status.progress(tmp_path / "nowhere") == (0, 0, 0)
 
 
 def test_the_command(tmp_path: Path) -> None:

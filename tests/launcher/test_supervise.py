@@ -13,6 +13,7 @@ import pytest
 
 from launcher import command, supervise, world
 from launcher.command import Command
+from launcher.status import Progress
 
 HERE = Path(__file__).parent
 STOPPABLE = HERE / "stoppable.py"
@@ -21,8 +22,12 @@ import json, sys
 from launcher import supervise
 from launcher.command import Command
 argv, env, ignores, graceful, restarts = json.loads(sys.argv[1])
+from itertools import count
+from launcher.status import Progress
+starts = count()
 with supervise.Supervisor(graceful=graceful) as supervisor:
-    sys.exit(supervisor.run_again(lambda resume: Command(argv, env, ignores), lambda: (0, 1), restarts))
+    progress = lambda: Progress(next(starts), 0, 1)
+    sys.exit(supervisor.run_again(lambda resume: Command(argv, env, ignores), progress, restarts))
 """
 
 
@@ -128,17 +133,17 @@ def test_a_request_before_there_are_ranks_counts() -> None:
         assert supervisor.run(Command(["false"])) == 85
 
 
-def crash(folder: Path, *crashes: tuple[int, int], bound: int = 3, code: int = 1) -> tuple[int, int]:
+def crash(*crashes: tuple[int, int], bound: int = 3, code: int = 1, begins: bool = True) -> tuple[int, int]:
     """A run of 100 steps; each crash is (step saved, step made) by then. Exit code of the last start, and starts."""
-    now = (0, 0)
-    starts = 0
+    now, starts = Progress(0, 0, 0), 0
 
     def command(resume: bool) -> Command:
         nonlocal now, starts
         assert resume == (starts > 0)
         ends = starts >= len(crashes)
-        now = (100, 100) if ends else crashes[starts]
+        saved, made = (100, 100) if ends else crashes[starts]
         starts += 1
+        now = Progress(starts if begins else 0, saved, made)
         return Command(["bash", "-c", f"exit {0 if ends else code}"])
 
     with supervise.Supervisor(graceful=True) as supervisor:
@@ -158,26 +163,25 @@ def crash(folder: Path, *crashes: tuple[int, int], bound: int = 3, code: int = 1
         ([(10, 10), (20, 20), (30, 30), (40, 40), (50, 50)], (1, 4)),
     ],
 )
-def test_a_crashed_run_is_started_again_unless_it_loops(
-    crashes: list[tuple[int, int]], ends: tuple[int, int], tmp_path: Path
-) -> None:
-    assert crash(tmp_path, *crashes) == ends
+def test_a_crashed_run_is_started_again_unless_it_loops(crashes: list[tuple[int, int]], ends: tuple[int, int]) -> None:
+    assert crash(*crashes) == ends
 
 
-def test_a_run_is_not_started_again_where_nobody_wants_it(tmp_path: Path) -> None:
-    assert crash(tmp_path, (20, 25), bound=0) == (1, 1)
-    assert [crash(tmp_path, (20, 25), code=code)[1] for code in (2, 85)] == [1, 1], "mistakes and stops are no crashes"
+def test_a_run_is_not_started_again_where_nobody_wants_it() -> None:
+    assert crash((20, 25), bound=0) == (1, 1)
+    assert crash((0, 5), begins=False) == (1, 1), "refused, over a run that was there before"
+    assert [crash((20, 25), code=code)[1] for code in (2, 85)] == [1, 1], "mistakes and stops are no crashes"
     with supervise.Supervisor(graceful=True) as supervisor:
         asked = Command(["bash", "-c", "trap 'exit 1' USR1; kill -TERM $PPID; while :; do sleep 0.1; done"])
-        assert supervisor.run_again(lambda resume: asked, lambda: (20, 25), 3) == 1, "asked, it crashed while saving"
+        assert supervisor.run_again(lambda resume: asked, lambda: Progress(1, 20, 25), 3) == 1, (
+            "asked, it crashed while saving"
+        )
 
 
-@pytest.mark.parametrize(
-    ("state", "said"),
-    [((1, 0, 20, 25, 3), "None"), ((1, 2, 20, 25, 3), "2 starts in a row"), ((3, 0, 20, 25, 3), "--max-restarts")],
-)
-def test_why_it_is_not_started_again_is_said(state: tuple[int, int, int, int, int], said: str) -> None:
-    assert said in str(supervise.why_not_again(*state))
+def test_why_it_is_not_started_again_is_said() -> None:
+    why = supervise.why_not_again
+    assert why(1, 1, True, 20, 3) is None
+    assert "2 starts in a row" in str(why(1, 2, True, 20, 3)) and "--max-restarts" in str(why(3, 0, True, 20, 3))
 
 
 @pytest.mark.slow
