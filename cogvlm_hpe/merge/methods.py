@@ -16,6 +16,7 @@ from cogvlm_hpe.merge.factors import ADAPTER_TENSORS, Adapter, Factors
 from cogvlm_hpe.merge.layerwise import Choice, Granularity, Keep
 from cogvlm_hpe.merge.settings import DARE, DEFAULTS, ELEMENTWISE, Settings
 from cogvlm_hpe.model.fingerprint import fingerprint
+from cogvlm_hpe.model.tuned import Changes as Blocks
 from launcher.errors import UsageError, UserError
 from launcher.files import sha256
 
@@ -23,19 +24,11 @@ _RECORDED = ("density", "gamma", "seed", "t", "layer_weight")
 _PACKAGES = ("cogvlm-hpe", "torch", "numpy", "peft", "safetensors")
 
 
-class Changes(Protocol):
+class Changes(Blocks, Protocol):
     """The merged change of every adapted layer."""
-
-    def layers(self) -> list[str]:
-        """Sorted module names."""
-        ...
 
     def change(self, layer: str) -> Tensor:
         """(n_out, n_in) float32, the caller's own."""
-        ...
-
-    def blocks(self, layer: str, rows: int) -> Iterator[Tensor]:
-        """The same in blocks of so many rows, each the caller's own."""
         ...
 
 
