@@ -29,6 +29,7 @@ _SETS = {
     "b-test": ("B", "test"),
 }
 _JUDGED_ON = ("a-test", "b-test")
+SYSTEMS = ("base", "lora", "merged")
 MERGE_QUANTILE = "0.05"
 """Of the layers' similarities: ours, for a model with few layers, where one that goes back to the base is felt."""
 
@@ -107,7 +108,7 @@ def plan(folder: Path, sizes: Sizes, nproc: int) -> list[Stage]:
             _program("cogvlm_hpe", "merge", "--base", folder / "base", "--adapter", folder / "lora" / "last")
             + ["--method", "layerwise", "--quantile", MERGE_QUANTILE, "--out", str(merged)],
         ),
-        *(_evaluate(folder, system, on, nproc) for on in _JUDGED_ON for system in ("base", "lora", "merged")),
+        *(_evaluate(folder, on, nproc) for on in _JUDGED_ON),
         Stage(
             "report",
             folder / "report.html",
@@ -135,12 +136,18 @@ def _train(folder: Path, sizes: Sizes, nproc: int) -> Stage:
     return Stage("train", folder / "lora" / "last", command, lambda last: _step_of(last) == sizes.max_steps)
 
 
-def _evaluate(folder: Path, system: str, on: str, nproc: int) -> Stage:
-    model = folder / "lora" / "last" if system == "lora" else folder / system
-    out = folder / "evaluation" / on / system
-    command = _program("launcher", "evaluate", "--nproc", nproc, "--model", model, "--name", system)
+def _evaluate(folder: Path, on: str, nproc: int) -> Stage:
+    """All systems in one pass: their adapters leave the image alone (scope `text`), so they share the work on it."""
+    out = folder / "evaluation" / on
+    command = _program("launcher", "evaluate", "--nproc", nproc, "--model", folder / "base", "--with-base")
+    command += ["--adapter", str(folder / "lora" / "last"), "--adapter", str(folder / "merged")]
+    command += [word for system in SYSTEMS for word in ("--name", system)]
     command += ["--shards", str(folder / "shards" / on), "--out", str(out), "--resume"]
-    return Stage(f"evaluate {system} on {on}", out / "metrics.json", command)
+    return Stage(f"evaluate on {on}", out, command, _all_judged)
+
+
+def _all_judged(out: Path) -> bool:
+    return all((out / system / "metrics.json").is_file() for system in SYSTEMS)
 
 
 def _program(module: str, *words: object) -> list[str]:

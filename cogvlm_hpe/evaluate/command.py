@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--adapter", type=Path, action="append", default=[], metavar="DIR",
         help="adapter to put on --model; several give one result folder each",
     )  # fmt: skip
+    add("--with-base", action="store_true", help="judge --model without an adapter in the same pass, too")
     add("--shards", type=Path, required=True, metavar="DIR", help="shard set to judge on, or its address")
     add("--limit", type=positive, metavar="N", help="judge only the first N images in key order")
     add("--batch", type=positive, default=16, metavar="N", help="images in one batch (default: %(default)s)")
@@ -68,7 +69,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rank-timeout", type=positive, default=1800, metavar="S",
         help="end, and name the rank that all wait for, when none has moved for so long (default: %(default)s s)",
     )  # fmt: skip
-    add("--name", help="name of the system in reports (default: the folder's name)")
+    add(
+        "--name", action="append", default=[],
+        help="name of the system in reports (default: the folder's name); once a system, --model first if --with-base",
+    )  # fmt: skip
     add("--out", type=Path, required=True, metavar="DIR", help="result folder to make; must not exist")
 
 
@@ -107,14 +111,13 @@ def run(args: argparse.Namespace) -> int:
 
 def plan_jobs(args: argparse.Namespace) -> list[tuple[Path | None, Path, str]]:
     """(adapter, result folder, system's name) of each job. Raises UsageError where a result is, unless to resume."""
-    alone = len(args.adapter) <= 1
-    names = short_names(args.adapter or [Path(args.model)])
-    if args.name and not alone:
-        raise UsageError("--name names one system; leave it out with several --adapter")
-    adapters: Sequence[Path | None] = args.adapter or [None]
+    adapters: Sequence[Path | None] = [None] * (args.with_base or not args.adapter) + args.adapter
+    alone, names = len(adapters) == 1, args.name or short_names([a or Path(args.model) for a in adapters])
+    if len(names) != len(adapters) or len(set(names)) < len(names):
+        said = f"--name: {len(set(names))} different names for {len(adapters)} systems"
+        raise UsageError(f"{said}; give each one its own, --model first if --with-base, or none at all")
     jobs = [
-        (adapter, args.out if alone else args.out / name, args.name or name)
-        for adapter, name in zip(adapters, names, strict=True)
+        (adapter, args.out if alone else args.out / name, name) for adapter, name in zip(adapters, names, strict=True)
     ]
     for _, out, _ in jobs:
         if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (args.resume and _is_finished(out)):
@@ -148,7 +151,7 @@ def _judge(
 
     start_s = time.time()
     device = device_of(args.device)
-    systems, dtype = _load(args, [adapter for adapter, _, _ in jobs if adapter is not None], device)
+    systems, dtype = _load(args, [adapter for adapter, _, _ in jobs], device)
     decoding = Decoding(args.max_new_tokens, args.questions, args.decode)
     work = unfinished.begin(args.out, _identity(args, jobs, dtype, decoding, shard_set), args.resume, comm)
     names = [name for _, _, name in jobs]
@@ -189,7 +192,7 @@ def _identity(
     """What must not change between the parts of one evaluation; a `last` may by then point at another checkpoint."""
     return {
         "--model": str(Path(args.model).resolve()),
-        "--adapter": [str(adapter.resolve()) for adapter, _, _ in jobs if adapter is not None],
+        "--adapter or --with-base": [adapter and str(adapter.resolve()) for adapter, _, _ in jobs],
         "--tokenizer": args.tokenizer and str(args.tokenizer.absolute()),
         "--shards": [str(args.shards.absolute()), len(shard_set)],
         "--tasks": args.tasks,
@@ -202,7 +205,7 @@ def _identity(
 
 
 def _load(
-    args: argparse.Namespace, adapters: Sequence[Path], device: str
+    args: argparse.Namespace, adapters: Sequence[Path | None], device: str
 ) -> "tuple[Sequence[Loaded | CropJudged], str]":
     """The systems to judge, and their number format."""
     import torch
@@ -212,13 +215,13 @@ def _load(
 
     for known, read in ((cnn.is_cnn, cnn.load_judged), (sixdrepnet.is_sixdrepnet, sixdrepnet.load_judged)):
         if known(Path(args.model)):
-            if adapters:
-                raise UsageError(f"--adapter {adapters[0]}: {args.model} is a crop network, which takes none")
+            if args.adapter:
+                raise UsageError(f"--adapter {args.adapter[0]}: {args.model} is a crop network, which takes none")
             return [read(Path(args.model), device)], "fp32"
     dtype = args.dtype if args.dtype != "auto" else "fp32" if device == "cpu" else "bf16"
     how: dict[str, Any] = {"device": device, "dtype": getattr(torch, _DTYPES[dtype]), "tokenizer": args.tokenizer}
     if len(adapters) < 2:
-        return [load(args.model, *adapters, **how)], dtype
+        return [load(args.model, adapters[0], **how)], dtype
     return load_several(args.model, adapters, **how), dtype
 
 

@@ -128,28 +128,36 @@ def load(
 
 def load_several(
     name: str | Path,
-    adapters: Sequence[str | Path],
+    adapters: Sequence[str | Path | None],
     *,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     tokenizer: str | Path | None = None,
 ) -> list[Loaded]:
-    """One model for each adapter, all on the memory of one base; in evaluation mode. Raises UserError as `load`."""
+    """One model for each adapter, or without (None), all on the memory of one base; in evaluation mode.
+
+    Raises UserError as `load`.
+    """
     folder = resolve_base(name)
     base = load_base(folder, dtype, device)
     state, loaded = base.state_dict(), []
     for adapter in adapters:
         model = empty_model(copy.deepcopy(base.config), dtype)
         model.load_state_dict(state, assign=True)
-        notes = read_notes(adapter)
-        put_adapter(model, Path(adapter), folder, notes)
+        notes = read_notes(adapter or folder)
+        if adapter is None:
+            model.adapter_scope = "text"  # no adapter works on the image, so its prefix is anybody's
+        else:
+            put_adapter(model, Path(adapter), folder, notes)
         where = Path(tokenizer or tokenizer_folder(folder, notes))
         loaded.append(Loaded(model.to(device).eval(), load_tokenizer(where, model.config.vocab_size), notes))
     return loaded
 
 
-def put_adapter(model: CogVLMForCausalLM, adapter: Path, base: Path, notes: dict[str, Any]) -> None:
-    """Inject a peft adapter in place and set its scope. Raises UserError."""
+def put_adapter(
+    model: CogVLMForCausalLM, adapter: Path, base: Path, notes: dict[str, Any], name: str = "default"
+) -> None:
+    """Inject a peft adapter in place under `name`, to be used and not trained, and set its scope. Raises UserError."""
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
     from safetensors.torch import load_file
 
@@ -159,14 +167,14 @@ def put_adapter(model: CogVLMForCausalLM, adapter: Path, base: Path, notes: dict
     if made_on and made_on != fingerprint(base):
         raise UserError(f"{adapter}: made on another base than {base} (fingerprints differ); name its own base")
     config = LoraConfig.from_pretrained(str(adapter))
-    config.inference_mode = True
+    config.inference_mode, config.lora_dropout = True, 0.0
     try:
-        inject_adapter_in_model(config, model)
+        inject_adapter_in_model(config, model, adapter_name=name)
         state = load_file(str(adapter / "adapter_model.safetensors"))
-        result = set_peft_model_state_dict(model, state)
+        result = set_peft_model_state_dict(model, state, adapter_name=name)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"{adapter}: the adapter cannot be read ({_first_line(error)})") from None
-    lost = [key for key in result.missing_keys if "lora_" in key] + list(result.unexpected_keys)
+    lost = [key for key in result.missing_keys if f".{name}." in key] + list(result.unexpected_keys)
     if lost:
         raise UserError(f"{adapter}: {len(lost)} tensors do not fit its adapter_config.json, the first {lost[0]}")
     model.adapter_scope = notes["scope"]

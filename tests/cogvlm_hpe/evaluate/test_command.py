@@ -23,6 +23,7 @@ from tiny_source import TinySource
 from cogvlm_hpe import cli
 from cogvlm_hpe.evaluate import command, decode, reduce, repeats, unfinished
 from cogvlm_hpe.evaluate.answer import Decoding
+from cogvlm_hpe.evaluate.card import write_card
 from cogvlm_hpe.evaluate.live import Totals
 from cogvlm_hpe.evaluate.results import load_results
 from cogvlm_hpe.model.load import load, load_several
@@ -70,10 +71,10 @@ PART = ("--batch", 4, "--limit", 6, "--tasks", "where,pose")
 
 @pytest.fixture(scope="module")
 def by_ranks(judged: Judged) -> Judged:
-    """`judged` with results of 1, 2, 3 and 4 ranks, and of both adapters over two ranks, in `out`."""
+    """`judged` with results of 1, 2, 3 and 4 ranks, and of base and adapters in one pass over two ranks, in `out`."""
     alone = {n: flags_of(judged, *BATCH, "--out", judged.out / str(n)) for n in range(1, 5)}
     named = [word for adapter in judged.adapters for word in ("--adapter", adapter)]
-    both = flags_of(judged, *PART, "--workers", 1, *named, "--out", judged.out / "both")
+    both = flags_of(judged, *PART, "--workers", 1, "--with-base", *named, "--out", judged.out / "both")
     turns = judged.model.with_name("turns.json")
     turns.write_text(json.dumps([[(4, alone[4])], [(3, alone[3])], [(2, alone[2]), (2, both)]]))
     words = [str(_MPIRUN), "-np", "4", sys.executable, str(RANKS), str(turns)]
@@ -135,18 +136,32 @@ def approx_in_depth(value: Any) -> Any:
 
 @pytest.mark.slow
 def test_several_adapters_in_one_pass_answer_as_each_alone(by_ranks: Judged, tmp_path: Path) -> None:
-    assert sorted(p.name for p in by_ranks.out.iterdir() if "both" in p.name) == ["both"]
-    assert sorted(p.name for p in (by_ranks.out / "both").iterdir()) == ["lora-last", "merged-last"]
+    assert [p.name for p in by_ranks.out.iterdir() if "both" in p.name] == ["both"]
+    names = command.short_names([by_ranks.model, *by_ranks.adapters])
+    assert names[1:] == ["lora-last", "merged-last"]
+    assert sorted(p.name for p in (by_ranks.out / "both").iterdir()) == sorted(names)
     lines = []
-    for adapter in by_ranks.adapters:
-        alone = tmp_path / adapter.parent.name
-        assert evaluate(*flags_of(by_ranks, *PART, "--adapter", adapter, "--out", alone)) == 0
-        lines.append((alone / "predictions.jsonl").read_bytes())
-        together = by_ranks.out / "both" / f"{adapter.parent.name}-last" / "predictions.jsonl"
-        assert lines[-1] == together.read_bytes()
-    assert lines[0] != lines[1], "two adapters that answer alike cannot show whose answers these are"
+    for name, adapter in zip(names, [None, *by_ranks.adapters], strict=True):
+        more = [] if adapter is None else ["--adapter", adapter]
+        assert evaluate(*flags_of(by_ranks, *PART, *more, "--out", tmp_path / name)) == 0
+        lines.append((tmp_path / name / "predictions.jsonl").read_bytes())
+        assert lines[-1] == (by_ranks.out / "both" / name / "predictions.jsonl").read_bytes()
+    assert len(set(lines)) == 3, "systems that answer alike cannot show whose answers these are"
     keys = {json.loads(line)["key"] for line in lines[0].splitlines()}
     assert keys == {f"tiny-train-{i:06d}" for i in range(6)}
+
+
+@pytest.mark.slow
+def test_scores_go_into_the_card_that_peft_began(by_ranks: Judged) -> None:
+    adapter = by_ranks.adapters[0]
+    before = (adapter / "README.md").read_text()
+    write_card(adapter, load_results([by_ranks.out]))
+    after = (adapter / "README.md").read_text()
+    assert "| lora-last |" in after and "| merged-last |" not in after and "model-index:" in after
+    assert after.count("## Evaluation\n") == before.count("## Evaluation\n") == 1, "peft leaves room for it"
+    assert (
+        after.partition("## Environmental Impact")[2] == before.strip().partition("## Environmental Impact")[2] + "\n"
+    )
 
 
 def test_adapters_of_scope_text_share_the_work_on_images(judged: Judged, tmp_path: Path) -> None:
@@ -235,6 +250,19 @@ def _adapter(model: Path, folder: Path, seed: int) -> Path:
     tuned.save_pretrained(folder)
     (folder / "hpe.json").write_text(json.dumps({"scope": "text"}))
     return folder
+
+
+def test_each_system_has_a_name_of_its_own(tmp_path: Path) -> None:
+    parser = ArgumentParser()
+    command.add_arguments(parser)
+    flags = ["--model", "base", "--with-base", "--adapter", "a/last", "--shards", "s", "--out", str(tmp_path / "out")]
+    args = parser.parse_args([*flags, "--name", "plain", "--name", "tuned"])
+    assert [(a, out.name, name) for a, out, name in command.plan_jobs(args)] == [
+        (None, "plain", "plain"), (Path("a/last"), "tuned", "tuned"),
+    ]  # fmt: skip
+    for names in (["--name", "one"], ["--name", "same", "--name", "same"]):
+        with pytest.raises(UsageError, match="different names for 2 systems"):
+            command.plan_jobs(parser.parse_args([*flags, *names]))
 
 
 def test_short_names_tell_folders_apart() -> None:
