@@ -42,11 +42,15 @@ def publish_folder(temporary: Path, final: Path) -> None:
 
 def write_json_atomic(path: Path, value: Any) -> None:
     """Write `value` as JSON; a reader sees the old file or the new one, never half of it."""
+    write_text_atomic(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write a text file; a reader sees the old file or the new one, never half of it."""
     temporary = _sibling(path)
     try:
         with temporary.open("w", encoding="utf-8") as file:
-            json.dump(value, file, indent=2)
-            file.write("\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from launcher.comm import Comm
-from launcher.files import write_json_atomic
+from launcher.files import write_json_atomic, write_text_atomic
 from launcher.world import World
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "peft", "webdataset", "numpy")
@@ -50,8 +51,7 @@ class Monitor:
         """The first value this run has recorded under `name`; None where there is none, and on other ranks than 0."""
         if not self.active:
             return None
-        lines = self._metrics.read_text(encoding="utf-8").splitlines()
-        return next((values[name] for values in map(json.loads, lines) if name in values), None)
+        return next((values[name] for values in _read(self._metrics) if name in values), None)
 
     def image(self, global_step: int, tag: str, pixels: np.ndarray) -> None:
         """A picture (H, W, 3) uint8 for TensorBoard."""
@@ -94,14 +94,13 @@ def replay(metrics: Path, tensorboard: Path) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(tensorboard)) as writer:
-        for line in metrics.read_text(encoding="utf-8").splitlines():
-            values = json.loads(line)
+        for values in _read(metrics):
             global_step = values.pop("global_step")
             for key, value in values.items():
                 writer.add_scalar(key, value, global_step)
 
 
-def write_run_json(run_dir: Path, world: World, threads: int, start_s: float, first_step: int, **more: Any) -> None:
+def write_run_json(run_dir: Path, world: World, threads: int, start_s: float, first_step: int) -> None:
     """Where and with what a run was made; a start adds a line to `starts`."""
     path = run_dir / "run.json"
     run = json.loads(path.read_text()) if path.is_file() else {"starts": []}
@@ -116,17 +115,23 @@ def write_run_json(run_dir: Path, world: World, threads: int, start_s: float, fi
         "argv": sys.argv[1:],
         "start_time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(start_s)),
         "first_step": first_step,
-        **more,
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+        "tf32": torch.backends.cuda.matmul.allow_tf32,
     }
     run["starts"] = [s for s in run["starts"] if s["start_time"] != start["start_time"]] + [start]
     write_json_atomic(path, run)
 
 
 def _cut_after(path: Path, first_step: int) -> None:
-    if not path.is_file():
-        return
-    lines = [line for line in path.read_text().splitlines() if json.loads(line)["global_step"] <= first_step]
-    path.write_text("".join(line + "\n" for line in lines))
+    if path.is_file():
+        kept = [values for values in _read(path) if values["global_step"] <= first_step]
+        write_text_atomic(path, "".join(json.dumps(values) + "\n" for values in kept))
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; one that a dying machine has left unfinished counts for nothing."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("}\n")]
 
 
 def _logger(path: Path) -> logging.Logger:

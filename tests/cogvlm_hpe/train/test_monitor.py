@@ -1,0 +1,34 @@
+"""What a run says of itself, over interruptions."""
+
+import json
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cogvlm_hpe.train.monitor import Monitor
+from launcher.comm import single
+
+
+def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
+    """In metrics.jsonl and in TensorBoard; what came after the checkpoint is cut off."""
+    for first_step, last in ((0, 5), (3, 6)):
+        monitor = Monitor(tmp_path, single(), first_step)
+        for step in range(first_step + 1, last + 1):
+            monitor.scalars(step, {"train/loss": 10.0 * first_step + step, "train/grad_norm": float("nan")})
+        monitor.close()
+    wanted = [(1, 1.0), (2, 2.0), (3, 3.0), (4, 34.0), (5, 35.0), (6, 36.0)]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"global_step": step, "train/loss": value} for step, value in wanted]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == wanted
+
+
+def test_a_line_that_was_cut_short_counts_for_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"global_step": 1, "evaluate/x": 0.5}\n{"global_step": 2, "evalua')
+    monitor = Monitor(tmp_path, single(), 1)
+    assert monitor.first("evaluate/x") == 0.5
+    monitor.scalars(2, {"evaluate/x": 0.75})
+    monitor.close()
+    assert [json.loads(line)["global_step"] for line in path.read_text().splitlines()] == [1, 2]
