@@ -69,12 +69,9 @@ def test_all_ranks_and_readers_and_stops_by_the_plan(sets: list[ShardSet], varia
         return [[slot for hand in hands if n in hand for slot in hand[n]] for n in range(start, stop)]
 
     layouts = list(itertools.product(RANKS, WORKERS))
-    by_layout = {layout: delivered(*layout, 0, steps) for layout in layouts}
-    assert all(rows == whole for rows in by_layout.values())
-    for stop in range(1, steps):
-        resumed = {layout: delivered(*layout, stop, steps) for layout in layouts}
-        for before, after in itertools.product(layouts, layouts):
-            assert by_layout[before][:stop] + resumed[after] == whole
+    # Where every layout delivers the whole from any step on, one may go on where any other stopped.
+    for layout, start in itertools.product(layouts, range(steps)):
+        assert delivered(*layout, start, steps) == whole[start:]
     assert [slot.set for slot in whole[0]].count(0) >= BATCH * 0.7
 
 

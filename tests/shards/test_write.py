@@ -46,29 +46,29 @@ def over_ranks(ranks: int, out: Path, samples: int = 43) -> subprocess.Completed
 
 
 @pytest.mark.slow
-def test_two_and_three_ranks_write_the_bytes_of_one(tmp_path: Path) -> None:
+def test_three_ranks_write_the_bytes_of_one(tmp_path: Path) -> None:
+    """Two ranks do so below, after a kill."""
     build(TinySource(samples=43), tmp_path / "one", single(), samples_per_shard=10)
     alone = digests(tmp_path / "one")
     assert len(alone) == 5 + 2
-    for ranks in (2, 3):
-        done = over_ranks(ranks, tmp_path / f"of-{ranks}")
-        assert done.returncode == 0, done.stderr
-        assert digests(tmp_path / f"of-{ranks}") == alone
+    done = over_ranks(3, tmp_path / "of-3")
+    assert done.returncode == 0, done.stderr
+    assert digests(tmp_path / "of-3") == alone
 
 
 @pytest.mark.slow
 def test_a_killed_build_goes_on_and_ends_in_the_same_bytes(tmp_path: Path) -> None:
     out, first = tmp_path / "set", tmp_path / "set" / WORK_FOLDER / "000003.npz"
-    with subprocess.Popen(command(out, 400, ranks=1), env=clean_env()) as process:
+    with subprocess.Popen(command(out, 200, ranks=1), env=clean_env()) as process:
         while not first.exists() and process.poll() is None:
             time.sleep(0.002)
         process.kill()
     assert process.returncode == -signal.SIGKILL
     with pytest.raises(UserError, match="not a finished shard set"):
         open_set(out)
-    done = over_ranks(2, out, 400)
-    assert done.returncode == 0 and "of 40 parts are there already, kept" in done.stdout, done.stderr
-    build(TinySource(samples=400), tmp_path / "whole", single(), samples_per_shard=10)
+    done = over_ranks(2, out, 200)
+    assert done.returncode == 0 and "of 20 parts are there already, kept" in done.stdout, done.stderr
+    build(TinySource(samples=200), tmp_path / "whole", single(), samples_per_shard=10)
     assert digests(out) == digests(tmp_path / "whole")
 
 
