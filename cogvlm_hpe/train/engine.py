@@ -15,7 +15,7 @@ from cogvlm_hpe.config import RunConfig, TrainConfig
 from cogvlm_hpe.model.load import DTYPES
 from cogvlm_hpe.train.adapter import trainable
 from cogvlm_hpe.train.muon import Muon
-from cogvlm_hpe.train.partition import is_split, rank_device
+from cogvlm_hpe.train.partition import is_split, own_piece, rank_device
 from launcher.comm import Comm
 from launcher.errors import UserError
 
@@ -70,7 +70,7 @@ class Engine:
         self.comm = comm
         self.parameters = trainable(module)
         _leave_frozen_alone(module)
-        _bring_to_working_form(self.parameters.values(), config)
+        _bring_to_working_form(module.parameters(), config)
         self._finite: Tensor | None = None
         for parameter in self.parameters.values():
             parameter.register_hook(self._look)
@@ -165,12 +165,24 @@ class Engine:
         return value.detach().float().cpu().clone().reshape(self._shape(parameter))
 
     def _set(self, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+        from deepspeed.utils import (
+            safe_set_full_fp32_param,
+            safe_set_full_optimizer_state,
+            safe_set_local_fp32_param,
+            safe_set_local_optimizer_state,
+        )
 
         value = value.to(parameter.device)
         if self._is_plain(parameter):
             target = parameter.data if key is None else self.engine.optimizer.state[parameter][key]
             target.copy_(value)
+        elif is_split(parameter):
+            # Not the whole one: DeepSpeed 0.19.8 cuts that without the padding of the last rank's piece.
+            own = own_piece(parameter, value)
+            if key is None:
+                safe_set_local_fp32_param(parameter, own)
+            else:
+                safe_set_local_optimizer_state(parameter, own, key)
         elif key is None:
             safe_set_full_fp32_param(parameter, value)
         else:

@@ -50,6 +50,13 @@ def piece(parameter: nn.Parameter) -> tuple[int, int]:
     return start, min(start + length, parameter.ds_numel)
 
 
+def own_piece(parameter: nn.Parameter, whole: Tensor) -> Tensor:
+    """This rank's piece of a value for the whole parameter, its padding as zeros."""
+    start, stop = piece(parameter)
+    values = whole.flatten()[start:stop]
+    return torch.cat([values, values.new_zeros(parameter.ds_tensor.numel() - len(values))])
+
+
 @torch.no_grad()
 def set_piece(parameter: nn.Parameter, values: Tensor) -> None:
     """Write this rank's piece, its padding as zeros."""
