@@ -50,6 +50,7 @@ class Launched:
 
     def __init__(self, config: Path, run_dir: Path, nproc: int) -> None:
         words = ["train", str(config), "--nproc", str(nproc), "--run-dir", str(run_dir), "--resume"]
+        words += ["--max-restarts", "0", "--skip-preflight"]  # we start it again ourselves
         words += ["--max-restarts", "0"]
         with (run_dir.parent / f"{run_dir.name}.log").open("ab") as log:
             self._launcher = subprocess.Popen([sys.executable, "-m", "launcher", *words], stdout=log, stderr=log)

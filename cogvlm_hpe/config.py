@@ -47,6 +47,7 @@ class AdapterConfig:
         targets: which linear layers: {language,vision,vit}.{attention,mlp}, glue
         scope: all tokens, or text: the image prefix keeps the base weights and needs no gradient
         init: adapter folder or checkpoint whose factors this stage starts from
+        stack: adapter folder or checkpoint that stays as it is; new factors train beside it, what is saved holds both
     """
 
     rank: int = 16
@@ -56,6 +57,7 @@ class AdapterConfig:
     targets: list[str] = field(default_factory=lambda: ["language.attention"])
     scope: Literal["all", "text"] = "text"
     init: str | None = None
+    stack: str | None = None
 
 
 @dataclass
@@ -316,10 +318,8 @@ def check(config: RunConfig) -> None:
     for entry in shards.train:
         if entry.ratio <= 0:
             raise UsageError(f"shards.train {entry.path}: ratio {entry.ratio} must be above 0")
-    if adapter and adapter.scope == "text":
-        wrong = [t for t in adapter.targets if not t.startswith("language.")]
-        if wrong:
-            raise UsageError(f"adapter.targets {wrong}: adapter.scope text leaves image tokens alone; use scope all")
+    if adapter:
+        _check_adapter(adapter)
     if train.zero_stage == 0 and config.model.dtype == "bf16":
         raise UsageError("train.zero_stage 0 with model.dtype bf16: keeps no float32 masters; take stage 1 or fp32")
     if train.optimizer == "muon" and (train.zero_stage or config.model.dtype != "fp32"):
@@ -331,6 +331,21 @@ def check(config: RunConfig) -> None:
         raise UsageError("model.random_init with an adapter: a random base is trained whole; leave `adapter` out")
     _check_watching(config)
     _check_deepspeed(train)
+
+
+def _check_adapter(adapter: AdapterConfig) -> None:
+    if adapter.rank < 1 or adapter.alpha <= 0:
+        raise UsageError(f"adapter.rank {adapter.rank}, adapter.alpha {adapter.alpha}: must be above 0")
+    if not 0 <= adapter.dropout < 1:
+        raise UsageError(f"adapter.dropout {adapter.dropout}: must be at least 0 and below 1")
+    if adapter.init and adapter.stack:
+        raise UsageError(
+            "adapter.init and adapter.stack: new factors start from one adapter or beside it; leave one out"
+        )
+    if adapter.scope == "text":
+        wrong = [t for t in adapter.targets if not t.startswith("language.")]
+        if wrong:
+            raise UsageError(f"adapter.targets {wrong}: adapter.scope text leaves image tokens alone; use scope all")
 
 
 def _check_watching(config: RunConfig) -> None:

@@ -116,8 +116,8 @@ def check_host(config: "RunConfig", flags: "Flags", world: "World") -> list[Line
         "tokenizer": lambda: check_tokenizer(config),
         "interface": interface,
     }
-    if config.adapter and config.adapter.init:
-        checks["adapter.init"] = lambda: check_init(config)
+    if config.adapter and (config.adapter.init or config.adapter.stack):
+        checks["adapter"] = lambda: check_init(config)
     if world.rank == 0:
         checks["run_dir"] = lambda: check_run_dir(config, flags)
     return [attempt(name, work) for name, work in checks.items()]
@@ -190,17 +190,14 @@ def check_tokenizer(config: "RunConfig") -> str:
 
 
 def check_init(config: "RunConfig") -> str:
-    """Whether the adapter to start from is there and was made on this base."""
+    """Whether the adapter that the run takes over is there, and was made on this base."""
     from cogvlm_hpe.model.fingerprint import fingerprint
-    from cogvlm_hpe.model.folders import is_adapter, read_notes, resolve_base
+    from cogvlm_hpe.model.folders import resolve_base
+    from cogvlm_hpe.train.adapter import read_input
 
-    folder = str(config.adapter.init if config.adapter else "")
-    if not is_adapter(folder):
-        raise UserError(f"adapter.init {folder}: no adapter there; name an adapter or checkpoint folder")
-    made_on = read_notes(folder).get("base_fingerprint")
-    if made_on not in (None, fingerprint(resolve_base(config.model.base))):
-        raise UserError(f"adapter.init {folder}: made on another base; start from an adapter of model.base")
-    return folder
+    given = read_input(config.adapter, fingerprint(resolve_base(config.model.base))) if config.adapter else None
+    assert given is not None
+    return f"{given.path}: {len(given.factors)} layers"
 
 
 def check_run_dir(config: "RunConfig", flags: "Flags") -> str:

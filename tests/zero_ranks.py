@@ -16,7 +16,7 @@ from cogvlm_hpe.train.adapter import TARGETS, add_lora
 from cogvlm_hpe.train.engine import Engine, deepspeed_config, prepare_deepspeed
 from cogvlm_hpe.train.partition import is_split, load_partitioned
 from launcher.comm import Comm, from_torch
-from launcher.world import World
+from launcher.world import discover
 
 STEPS = 3
 LR = 0.01
@@ -148,10 +148,10 @@ def mapped_kb(path: Path) -> dict[str, int]:
     return found
 
 
-def main(world: World, base: Path, out: Path) -> None:
+def main(base: Path, out: Path) -> None:
     """One rank's work; what it saw goes to `out` with the rank as suffix."""
     torch.set_num_threads(1)
     prepare_deepspeed()
-    comm = from_torch(world)
+    comm = from_torch(discover())
     seen = {case.name: run(case, base, comm) for case in cases()}
     out.with_suffix(f".{comm.rank}").write_text(json.dumps(seen))

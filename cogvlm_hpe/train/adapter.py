@@ -1,16 +1,22 @@
 """LoRA by peft: which layers, which tokens, what trains, and what is saved."""
 
+import math
 import re
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from cogvlm_hpe.config import AdapterConfig, RunConfig
-from cogvlm_hpe.model.folders import ADAPTER_CONFIG, read_notes, resolve_base
-from cogvlm_hpe.model.load import DTYPES, empty_model
+from cogvlm_hpe.merge.arithmetic import add
+from cogvlm_hpe.merge.factors import Adapter, Factor, Factors, read_adapter
+from cogvlm_hpe.model.folders import is_adapter, read_notes, resolve_base
+from cogvlm_hpe.model.load import DTYPES, empty_model, put_adapter
 from cogvlm_hpe.model.modeling import CogVLMForCausalLM
 from cogvlm_hpe.model.weights import read_config
 from launcher.errors import UsageError, UserError
@@ -42,6 +48,8 @@ _REST = {
 
 PREFIX = "base_model.model."
 """What plain peft puts before a module's name in an adapter file."""
+_NEW, _BEFORE = "default", "before"  # peft's names of the factors that train, and of those they are stacked on
+_A, _B = f".lora_A.{_NEW}.weight", f".lora_B.{_NEW}.weight"
 
 
 def target_modules(model: nn.Module, targets: list[str]) -> list[str]:
@@ -59,10 +67,7 @@ def target_modules(model: nn.Module, targets: list[str]) -> list[str]:
 
 
 def add_lora(model: CogVLMForCausalLM, config: AdapterConfig, base: str) -> LoraConfig:
-    """Freeze the base and put factors beside its linear layers, in place; the factors are float32 until the engine.
-
-    With `config.init` they start from that adapter's, which must have the same layers and rank.
-    """
+    """Freeze the base and put fresh factors beside its linear layers, in place; they are float32 until the engine."""
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
@@ -75,33 +80,67 @@ def add_lora(model: CogVLMForCausalLM, config: AdapterConfig, base: str) -> Lora
         parameter.requires_grad_(False)
     inject_adapter_in_model(lora, model, low_cpu_mem_usage=model.device.type == "meta")
     model.adapter_scope = config.scope
-    if config.init:
-        _start_from(model, config, lora)
     return lora
 
 
-def _start_from(model: CogVLMForCausalLM, config: AdapterConfig, lora: LoraConfig) -> None:
-    from safetensors.torch import load_file
+def input_of(config: AdapterConfig) -> tuple[str, str | None]:
+    """The key and the folder of the adapter that a stage takes over; None for a first stage."""
+    return ("stack", config.stack) if config.stack else ("init", config.init)
 
-    folder = Path(str(config.init))
-    if not (folder / ADAPTER_CONFIG).is_file():
-        raise UserError(f"adapter.init {folder}: no adapter there; name an adapter or checkpoint folder")
-    before = LoraConfig.from_pretrained(str(folder))
-    scope = read_notes(folder)["scope"]
-    same = (before.r, before.lora_alpha, before.use_rslora, scope) == (
-        lora.r,
-        lora.lora_alpha,
-        lora.use_rslora,
-        config.scope,
-    )
-    if not same:
+
+def read_input(config: AdapterConfig, base_fingerprint: str) -> Adapter | None:
+    """The adapter that a stage takes over, or None.
+
+    Raises UserError where there is none or it was made on another base, UsageError where its scope is another one.
+    """
+    key, folder = input_of(config)
+    if folder is None:
+        return None
+    where = f"adapter.{key} {folder}"
+    if not is_adapter(folder):
+        raise UserError(f"{where}: no adapter there; name an adapter or checkpoint folder")
+    said = read_notes(folder)
+    if said.get("base_fingerprint") not in (None, base_fingerprint):
+        raise UserError(f"{where}: made on another base (fingerprints differ); take an adapter of model.base")
+    if said["scope"] != config.scope:
         raise UsageError(
-            f"adapter.init {folder}: rank {before.r}, alpha {before.lora_alpha}, scope {scope} differ from this "
-            "config's; a stage continues with the shape it starts from"
+            f"{where}: its scope is {said['scope']}, this config's {config.scope}; set adapter.scope to it"
         )
-    result = set_peft_model_state_dict(model, load_file(str(folder / "adapter_model.safetensors")))
-    if result.unexpected_keys:
-        raise UserError(f"adapter.init {folder}: holds layers this stage does not train, {result.unexpected_keys[0]}")
+    return read_adapter(Path(folder))
+
+
+@torch.no_grad()
+def start_from(model: nn.Module, given: Adapter) -> None:
+    """Copy an adapter's factors into the new ones; layers it lacks, as after a merge, start afresh.
+
+    Raises UserError for layers that do not train, UsageError where rank or scale differ.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    for name, factor in given.factors.items():
+        if name not in layers:
+            raise UserError(f"adapter.init {given.path}: has {name}, which adapter.targets leaves out; add its group")
+        layer = layers[name]
+        rank, scale = layer.r[_NEW], layer.scaling[_NEW]
+        if rank != factor.rank or not math.isclose(scale, factor.scale, rel_tol=1e-6):
+            raise UsageError(
+                f"adapter.init {given.path}: {name} has rank {factor.rank} and scale {factor.scale:g}, here they are "
+                f"{rank} and {scale:g}; set adapter.rank and adapter.alpha to its, or name it as adapter.stack"
+            )
+        layer.lora_A[_NEW].weight.copy_(factor.a)
+        layer.lora_B[_NEW].weight.copy_(factor.b)
+
+
+def stack_on(model: CogVLMForCausalLM, given: Adapter, base: Path) -> None:
+    """Put an adapter's factors, which stay as they are, beside the new ones, in place. Raises UserError."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # there are to be two
+        put_adapter(model, given.path, base, read_notes(given.path), name=_BEFORE)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.set_adapter([_BEFORE, _NEW])
+    for name, parameter in model.named_parameters():
+        if f".{_BEFORE}." in name:
+            parameter.requires_grad_(False)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -146,7 +185,7 @@ def count_trainable(config: RunConfig) -> str:
     """The table of a config; no weight is read and no memory taken for one. Raises UserError or UsageError."""
     model = empty_model(read_config(resolve_base(config.model.base)), DTYPES[config.model.dtype])
     if config.adapter is not None:
-        add_lora(model, replace(config.adapter, init=None), config.model.base)
+        add_lora(model, config.adapter, config.model.base)
     return trainable_text(model)
 
 
@@ -171,19 +210,37 @@ def _count(parameter: nn.Parameter) -> int:
 
 def peft_name(name: str) -> str:
     """A parameter's name as plain peft writes it: no adapter name inside, its prefix in front."""
-    return PREFIX + name.replace(".default.", ".")
+    return PREFIX + name.replace(f".{_NEW}.", ".")
 
 
-def adapter_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Trainable tensors under peft's names."""
-    return {peft_name(name): tensor.contiguous() for name, tensor in state.items()}
+def own_name(name: str) -> str:
+    """The way back from plain peft's name to the model's."""
+    return re.sub(r"\.(lora_[AB])\.", rf".\1.{_NEW}.", name.removeprefix(PREFIX))
 
 
-def notes(config: AdapterConfig, answer_format: str, prompts: dict[Any, str], base_fingerprint: str) -> dict[str, Any]:
-    """What hpe.json says of an adapter."""
-    return {
-        "scope": config.scope,
-        "answer_format": answer_format,
-        "prompts": dict(prompts),
-        "base_fingerprint": base_fingerprint,
-    }
+def factors_of(state: Mapping[str, Tensor], lora: LoraConfig) -> Factors:
+    """Trained tensors as factors, by the name of their layer."""
+    scale = lora.lora_alpha / (math.sqrt(lora.r) if lora.use_rslora else lora.r)
+    layers = (name.removesuffix(_A) for name in state if name.endswith(_A))
+    return {layer: Factor(state[layer + _A], state[layer + _B], scale) for layer in layers}
+
+
+def joined(state: Mapping[str, Tensor], lora: LoraConfig, before: Factors) -> Factors:
+    """One adapter that does what new factors and those they are stacked on do together: ranks add, the new come first.
+
+    The new ones are in it bit for bit, so `parted` gives them back.
+    """
+    return add([factors_of(state, lora), before])
+
+
+def parted(state: Mapping[str, Tensor], before: Factors) -> dict[str, Tensor]:
+    """The new tensors of a joined adapter. Raises UserError where it was not joined with these factors."""
+    out = {}
+    for name, tensor in state.items():
+        layer, is_a = name.removesuffix(_A).removesuffix(_B), name.endswith(_A)
+        own = tensor.shape[0 if is_a else 1] - (before[layer].rank if layer in before else 0)
+        if is_a and layer in before and not tensor[own:].equal(before[layer].a.to(tensor.dtype)):
+            raise UserError(f"adapter.stack: {layer} is not as it was when this run was started; name the same adapter")
+        if own:
+            out[name] = (tensor[:own] if is_a else tensor[:, :own]).contiguous()
+    return out

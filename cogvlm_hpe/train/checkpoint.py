@@ -17,17 +17,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cogvlm_hpe.train.adapter import PREFIX, adapter_state, peft_name
+from cogvlm_hpe.merge.factors import ADAPTER_TENSORS, Adapter, Factors, read_adapter, write_adapter
+from cogvlm_hpe.train.adapter import factors_of, joined, own_name, parted, peft_name
 from cogvlm_hpe.train.module import MODEL_PREFIX
 from launcher.errors import UserError
 from launcher.files import atomic_folder, sha256
 
 FOLDER = "checkpoints"
-_MANIFEST, _NOTES = "manifest.json", "hpe.json"
+_MANIFEST, _NOTES, _TRAINER = "manifest.json", "hpe.json", "trainer.json"
+_MODEL, _OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 AUXILIARY = "auxiliary.safetensors"
 
 
@@ -38,6 +41,7 @@ class Saved:
     step: int
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
+    loader: dict[str, Any]
 
 
 @dataclass
@@ -45,9 +49,10 @@ class Describe:
     """Files that belong in every checkpoint of a run, made once at its start."""
 
     notes: dict[str, Any]
-    lora: Any | None  # peft's LoraConfig; None when the whole model trains
+    lora: LoraConfig | None  # None when the whole model trains
     model_config: Any
     tokenizer: Any
+    before: Factors = field(default_factory=dict)  # what the trained factors are stacked on
 
 
 def folder_of(run_dir: Path, step: int) -> Path:
@@ -164,40 +169,54 @@ def _write(
 ) -> None:
     own = {name.removeprefix(MODEL_PREFIX): t for name, t in weights.items() if name.startswith(MODEL_PREFIX)}
     rest = {name: t for name, t in weights.items() if not name.startswith(MODEL_PREFIX)}
-    model = _write_model(folder, own, describe)
-    _verify(model, adapter_state(own) if describe.lora is not None else own, step)
+    if describe.lora is None:
+        _write_model(folder, own, describe, step)
+    else:
+        _write_adapter(folder, own, describe, step)
     if rest:
         save_file(rest, folder / AUXILIARY)
-    save_file(optimizer, folder / "optimizer.safetensors")
-    _verify(folder / "optimizer.safetensors", optimizer, step)
+    _save(folder / _OPTIMIZER, optimizer, step)
     _write_json(folder / _NOTES, describe.notes | ({} if scores is None else {"scores": scores}))
-    _write_json(folder / "trainer.json", {"step": step, "loader": loader})
+    _write_json(folder / _TRAINER, {"step": step, "loader": loader})
     _write_manifest(folder)
 
 
-def _verify(path: Path, wanted: dict[str, Tensor], step: int) -> None:
-    """Raise UserError unless the file holds these tensors in their shapes, and an adapter has learned something."""
+def _write_model(folder: Path, weights: dict[str, Tensor], describe: Describe, step: int) -> None:
+    _save(folder / _MODEL, weights, step)
+    describe.model_config.save_pretrained(str(folder))
+    describe.tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def _write_adapter(folder: Path, weights: dict[str, Tensor], describe: Describe, step: int) -> None:
+    lora = describe.lora
+    assert lora is not None
+    whole = joined(weights, lora, describe.before)
+    like = Adapter(folder, whole, lora.to_dict(), describe.notes)
+    write_adapter(folder, whole, like, Path(str(lora.base_model_name_or_path)))
+    found = read_adapter(folder).factors
+    _refuse_other(ADAPTER_TENSORS, _shapes(found), _shapes(whole), step)
+    learned = any(bool(found[layer].b[:, : lora.r].any()) for layer in factors_of(weights, lora))
+    if step and not learned:
+        raise UserError(
+            f"{ADAPTER_TENSORS} after step {step}: every lora_B is zero, nothing was learned; is train.lr 0?"
+        )
+
+
+def _shapes(factors: Factors) -> dict[str, Any]:
+    return {layer: (tuple(factor.a.shape), tuple(factor.b.shape)) for layer, factor in factors.items()}
+
+
+def _save(path: Path, tensors: dict[str, Tensor], step: int) -> None:
+    save_file(tensors, path, metadata={"format": "pt"})
     with safe_open(path, "pt") as file:
         found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        up = [file.get_tensor(name) for name in found if ".lora_B." in name and "/" not in name]
-    wrong = sorted(found.items() ^ {name: tuple(tensor.shape) for name, tensor in wanted.items()}.items())
+    _refuse_other(path.name, found, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, step)
+
+
+def _refuse_other(name: str, found: dict[str, Any], wanted: dict[str, Any], step: int) -> None:
+    wrong = sorted(found.items() ^ wanted.items())
     if wrong:
-        raise UserError(f"{path.name} after step {step}: {wrong[0][0]} was not written as it is; save again")
-    if up and step and not any(bool(tensor.any()) for tensor in up):
-        raise UserError(f"{path.name} after step {step}: every lora_B is zero, nothing was learned; is train.lr 0?")
-
-
-def _write_model(folder: Path, weights: dict[str, Tensor], describe: Describe) -> Path:
-    if describe.lora is not None:
-        path = folder / "adapter_model.safetensors"
-        save_file(adapter_state(weights), path, metadata={"format": "pt"})
-        describe.lora.save_pretrained(str(folder))
-    else:
-        path = folder / "model.safetensors"
-        save_file(weights, path, metadata={"format": "pt"})
-        describe.model_config.save_pretrained(str(folder))
-        describe.tokenizer.save(str(folder / "tokenizer.json"))
-    return path
+        raise UserError(f"{name} after step {step}: {wrong[0][0]} was not written as it is; save again")
 
 
 def _write_manifest(folder: Path) -> None:
@@ -226,27 +245,32 @@ def _complete(run_dir: Path) -> list[Path]:
     return [p for p in sorted((run_dir / FOLDER).glob("step-*")) if (p / _MANIFEST).is_file()]
 
 
-def read(folder: Path) -> Saved:
-    """A checkpoint, every file checked against the manifest. Raises UserError naming the file that is wrong."""
+def read(folder: Path, before: Factors | None = None) -> Saved:
+    """A checkpoint, every file checked against the manifest; `before` is what its adapter was stacked on.
+
+    Raises UserError naming the file that is wrong.
+    """
     manifest = json.loads((folder / _MANIFEST).read_text())["files"]
     for name, said in manifest.items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != said["bytes"] or sha256(path) != said["sha256"]:
             raise UserError(f"{path}: not as its manifest says; remove this checkpoint and resume from the one before")
     try:
-        weights = _read_weights(folder)
-        optimizer = load_file(folder / "optimizer.safetensors")
+        weights = _read_weights(folder, before or {})
+        optimizer = load_file(folder / _OPTIMIZER)
     except SafetensorError as error:
         raise UserError(f"{folder}: cannot be read ({error})") from None
-    return Saved(json.loads((folder / "trainer.json").read_text())["step"], weights, optimizer)
+    trainer = json.loads((folder / _TRAINER).read_text())
+    return Saved(trainer["step"], weights, optimizer, trainer["loader"])
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    out: dict[str, Tensor] = {}
-    adapter, model = folder / "adapter_model.safetensors", folder / "model.safetensors"
-    for name, tensor in load_file(adapter if adapter.is_file() else model).items():
-        name = name.removeprefix(PREFIX).replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default.")
-        out[MODEL_PREFIX + name] = tensor
+def _read_weights(folder: Path, before: Factors) -> dict[str, Tensor]:
+    adapter = folder / ADAPTER_TENSORS
+    if adapter.is_file():
+        own = parted({own_name(name): tensor for name, tensor in load_file(adapter).items()}, before)
+    else:
+        own = load_file(folder / _MODEL)
+    out = {MODEL_PREFIX + name: tensor for name, tensor in own.items()}
     if (folder / AUXILIARY).is_file():
         out |= load_file(folder / AUXILIARY)
     return out

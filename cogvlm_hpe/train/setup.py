@@ -5,6 +5,7 @@ checkpoint; 5. engine, whose masters are made from those weights; 6. optimizer s
 rate 0; 7. stream from the next step.
 """
 
+import json
 import os
 import time
 from dataclasses import asdict
@@ -13,14 +14,13 @@ from typing import Any
 
 import torch
 import yaml
-from peft import LoraConfig
 from tokenizers import Tokenizer
 
 from cogvlm_hpe import config as configs
 from cogvlm_hpe.config import RunConfig, ShardsConfig
 from cogvlm_hpe.model.fingerprint import fingerprint
+from cogvlm_hpe.model.folders import read_notes, resolve_base
 from cogvlm_hpe.model.fresh import fresh_model
-from cogvlm_hpe.model.folders import resolve_base
 from cogvlm_hpe.model.load import DTYPES, Loaded, load_base
 from cogvlm_hpe.model.modeling import CogVLMForCausalLM
 from cogvlm_hpe.model.tokenizer import load_tokenizer
@@ -36,11 +36,13 @@ from cogvlm_hpe.train.partition import is_split, load_partitioned, piece, rank_d
 from cogvlm_hpe.train.watch import Work, device_name, peak_flops
 from launcher.comm import Comm
 from launcher.errors import UserError
+from launcher.files import write_text_atomic
 from launcher.watchdog import Watchdog
 from launcher.world import World
 from shards.augment import Augment
 from shards.index import ShardSet, open_set
 from shards.plan import Plan
+from shards.shuffle import quality
 from shards.stream import Stream
 
 CONFIG_FILE = "config.yaml"
@@ -71,15 +73,20 @@ def setup(config: RunConfig, world: World, comm: Comm, *, resume: bool, allow_ch
     if from_folder is not None and not allow_change:
         refuse_changes(run_dir, config)
     sets = [open_set(entry.path) for entry in config.shards.train]
+    plan = make_plan(config.shards, sets)
     base = resolve_base(config.model.base)
     tokenizer = load_tokenizer(config.model.tokenizer or base, read_config(base).vocab_size)
     prepare_deepspeed()
     torch.manual_seed(config.train.seed)
-    model = make_model(config, base, comm, accumulation)  # 2
-    lora = adapter.add_lora(model, config.adapter, str(base.resolve())) if config.adapter else None  # 3
+    base_fingerprint = "" if config.model.random_init else same_base(base, comm)
+    model = make_model(config, base, accumulation)  # 2
+    describe = describe_files(config, base, base_fingerprint, tokenizer, model)
+    put_adapters(model, config, base, describe, fresh=from_folder is None)  # 3
     module = TrainedModule(model, config.train.auxiliary)
     take_readouts(module, base)
-    saved = take_weights(module, from_folder)  # 4
+    saved = take_weights(module, from_folder, describe)  # 4
+    if saved is not None and not allow_change:
+        refuse_other_sets(saved, plan, run_dir)
     engine = Engine(module, config, comm, accumulation)  # 5
     collator = make_collator(config, tokenizer, model)
     if saved is not None:
@@ -88,14 +95,13 @@ def setup(config: RunConfig, world: World, comm: Comm, *, resume: bool, allow_ch
     first_step = saved.step if saved is not None else 0
     if comm.rank == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / CONFIG_FILE).write_text(dump(config))
+        write_text_atomic(run_dir / CONFIG_FILE, dump(config))
         write_run_json(run_dir, world, threads, start_s, first_step)
     monitor = Monitor(run_dir, comm, first_step)
-    describe_start(monitor, config, module, world, threads, from_folder)
-    plan = make_plan(config.shards, sets)
+    monitor.say(f"{world.size} ranks × {threads} threads ({world.kind}), from {from_folder or 'the start'}")
+    describe_start(monitor, config, module, sets, plan)
     image_size = model.config.vision_config["image_size"]
     stream = make_stream(config.shards, sets, plan, comm, image_size, first_step)  # 7
-    describe = describe_files(config, base, lora, model, tokenizer)
     writer = checkpoint.Writer(run_dir, describe, config.train.keep, config.evaluate.best, config.train.async_save)
     judge = (
         Judge(config, Loaded(model, tokenizer, describe.notes), engine, comm) if config.train.evaluate_every else None
@@ -133,24 +139,37 @@ def make_stream(
     )
 
 
-def make_model(config: RunConfig, base: Path, comm: Comm, accumulation: int) -> CogVLMForCausalLM:
-    """All ranks. The base with its weights, of which under ZeRO-3 a rank reads its part, or with fresh ones.
-
-    Raises UserError where the ranks' files differ.
-    """
+def make_model(config: RunConfig, base: Path, accumulation: int) -> CogVLMForCausalLM:
+    """All ranks. The base with its weights, of which under ZeRO-3 a rank reads its part, or with fresh ones."""
     dtype = DTYPES[config.model.dtype]
     if config.model.random_init:
         model = fresh_model(read_config(base))
+    elif config.train.zero_stage == 3:
+        model = load_partitioned(open_weights(base), dtype, deepspeed_config(config, accumulation))
     else:
-        check_same_base(base, comm)
-        if config.train.zero_stage == 3:
-            model = load_partitioned(open_weights(base), dtype, deepspeed_config(config, accumulation))
-        else:
-            model = load_base(base, dtype, rank_device(), own=config.adapter is None)
+        model = load_base(base, dtype, rank_device(), own=config.adapter is None)
     model.train()
     if config.train.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model
+
+
+def put_adapters(
+    model: CogVLMForCausalLM, config: RunConfig, base: Path, describe: checkpoint.Describe, *, fresh: bool
+) -> None:
+    """New factors beside the base's layers, and beside those the ones they are stacked on; noted in `describe`.
+
+    Where the run starts afresh they start from adapter.init. Raises UserError or UsageError where adapters do not fit.
+    """
+    if config.adapter is None:
+        return
+    given = adapter.read_input(config.adapter, describe.notes["base_fingerprint"])
+    describe.lora = adapter.add_lora(model, config.adapter, str(base.resolve()))
+    if given is not None and config.adapter.stack:
+        adapter.stack_on(model, given, base)
+        describe.before = given.factors
+    elif given is not None and fresh:
+        adapter.start_from(model, given)
 
 
 def take_readouts(module: TrainedModule, base: Path) -> None:
@@ -162,18 +181,28 @@ def take_readouts(module: TrainedModule, base: Path) -> None:
         module.load_state_dict(load_file(path), strict=False)
 
 
-def check_same_base(base: Path, comm: Comm) -> None:
-    """All ranks. Raises UserError where ranks see different weights: frozen ones are not sent from one to another."""
-    found = comm.gather(fingerprint(base))
+def same_base(base: Path, comm: Comm) -> str:
+    """All ranks. The base's fingerprint.
+
+    Raises UserError where ranks see different weights: frozen ones are not sent from one to another.
+    """
+    own = fingerprint(base)
+    found = comm.gather(own)
     if comm.agree(found is not None and len(set(found)) > 1):
         raise UserError(f"{base}: the ranks' files differ; give every machine the same ones")
+    return own
 
 
-def take_weights(module: TrainedModule, folder: Path | None) -> checkpoint.Saved | None:
-    """Load a checkpoint's weights into the module, before the engine makes its masters from them."""
+def take_weights(module: TrainedModule, folder: Path | None, describe: checkpoint.Describe) -> checkpoint.Saved | None:
+    """Load a checkpoint's weights into the module, before the engine makes its masters from them.
+
+    Raises UserError where it was made on another base, or holds other parameters.
+    """
     if folder is None:
         return None
-    saved = checkpoint.read(folder)
+    saved = checkpoint.read(folder, describe.before)
+    if read_notes(folder).get("base_fingerprint") != describe.notes.get("base_fingerprint"):
+        raise UserError(f"{folder}: made on another base than model.base (fingerprints differ); name its own one")
     parameters = adapter.trainable(module)
     checkpoint.check_names(saved, list(parameters), folder)
     with torch.no_grad():
@@ -212,34 +241,45 @@ def make_collator(config: RunConfig, tokenizer: Tokenizer, model: CogVLMForCausa
 
 
 def describe_files(
-    config: RunConfig, base: Path, lora: LoraConfig | None, model: CogVLMForCausalLM, tokenizer: Tokenizer
+    config: RunConfig, base: Path, base_fingerprint: str, tokenizer: Tokenizer, model: CogVLMForCausalLM
 ) -> checkpoint.Describe:
-    """What goes into every checkpoint beside its tensors."""
+    """What goes into every checkpoint beside its tensors, but for what the adapters will say."""
     said: dict[str, Any] = {"answer_format": config.model.answer_format, "prompts": dict(config.model.prompts)}
     if config.adapter is not None:
-        said |= {"scope": config.adapter.scope, "base_fingerprint": fingerprint(base)}
+        said |= {"scope": config.adapter.scope, "base_fingerprint": base_fingerprint}
+        key, folder = adapter.input_of(config.adapter)
+        said |= {key: str(Path(folder).resolve())} if folder else {}
     if config.model.tokenizer:
         said["tokenizer"] = str(Path(config.model.tokenizer).resolve())
-    return checkpoint.Describe({"stage": Path(config.run_dir).name, **said}, lora, model.config, tokenizer)
+    return checkpoint.Describe({"stage": Path(config.run_dir).name, **said}, None, model.config, tokenizer)
 
 
 def describe_start(
-    monitor: Monitor, config: RunConfig, module: TrainedModule, world: World, threads: int, from_folder: Path | None
+    monitor: Monitor, config: RunConfig, module: TrainedModule, sets: list[ShardSet], plan: Plan
 ) -> None:
-    """The first lines of a run's log: who trains, from where, and which parameters."""
-    origin = f"resumed from {from_folder}" if from_folder else "from the start"
-    monitor.say(f"{world.size} ranks × {threads} threads ({world.kind}), {origin}")
-    table = adapter.trainable_text(module)
-    for line in table.splitlines():
-        monitor.say(line)
-    monitor.text("trainable", f"```\n{table}\n```")
+    """What trains, and on what: of each set its size and share, and how often the run will see it."""
+    texts = {"trainable": adapter.trainable_text(module), "sets": sets_text(sets, plan, config.train.max_steps)}
+    for tag, text in texts.items():
+        for line in text.splitlines():
+            monitor.say(line)
+        monitor.text(tag, f"```\n{text}\n```")
     monitor.text("config", f"```yaml\n{dump(config)}```")
+
+
+def sets_text(sets: list[ShardSet], plan: Plan, steps: int) -> str:
+    """A line for each set; where shards are shuffled in blocks another one, how well that mixes."""
+    lines = []
+    for number, (one, epochs) in enumerate(zip(sets, plan.epochs_at(steps), strict=True)):
+        share, heads = plan.ratios[number] / sum(plan.ratios), int(one.n_heads.sum())
+        told = f"{len(one):,} images, {heads:,} heads, {share:.1%} of the stream, {epochs:.3g} epochs"
+        lines.append(f"{one.path}: {told}")
+        if plan.block_shards:
+            lines.append(f"{one.path}: {quality(plan.shuffles[number], (plan.seed, number, 0))}")
+    return "\n".join(lines)
 
 
 def dump(config: RunConfig) -> str:
     """The resolved config as YAML."""
-    from dataclasses import asdict
-
     value = asdict(config)
     value["train"]["betas"] = list(value["train"]["betas"])
     return yaml.safe_dump(value, sort_keys=False)
@@ -256,3 +296,14 @@ def refuse_changes(run_dir: Path, config: RunConfig) -> None:
             raise UserError(
                 f"{run_dir}: cannot be resumed exactly with {'; '.join(changed)}; undo it, or give --allow-change"
             )
+
+
+def refuse_other_sets(saved: checkpoint.Saved, plan: Plan, run_dir: Path) -> None:
+    """Raise UserError where the shard sets are not what they were: the same step would see other samples."""
+    before, now = saved.loader, json.loads(json.dumps(plan.state(saved.step)))
+    changed = [f"{key}: {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
+    if changed:
+        raise UserError(
+            f"{run_dir}: cannot be resumed exactly, the shard sets have changed ({'; '.join(changed)}); "
+            "bring the old ones back, or give --allow-change"
+        )

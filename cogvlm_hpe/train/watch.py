@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.profiler import profile, schedule, tensorboard_trace_handler
 
 from cogvlm_hpe.config import RunConfig
+from cogvlm_hpe.merge.products import inner
 from cogvlm_hpe.model.configuration import CogVLMConfig
-from cogvlm_hpe.train.adapter import group_of
+from cogvlm_hpe.train.adapter import factors_of, group_of
 from cogvlm_hpe.train.plan import trace
 
 _PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "A40": 149.7e12, "L40S": 362e12}
@@ -62,17 +63,10 @@ def memory_gb() -> float:
 
 
 def delta_norms(weights: dict[str, Tensor], lora: LoraConfig) -> dict[str, list[float]]:
-    """Frobenius norms of what an adapter adds, scaling · B A, by group of layers in the model's order.
-
-    ‖B A‖² = tr((BᵀB)(A Aᵀ)): rank x rank work, no product of full size is made.
-    """
-    scaling = lora.lora_alpha / (math.sqrt(lora.r) if lora.use_rslora else lora.r)
+    """Frobenius norms of what trained factors add, scaling · B A, by group of layers in the model's order."""
     norms: dict[str, list[float]] = defaultdict(list)
-    for name, down in weights.items():
-        if ".lora_A." in name:
-            up = weights[name.replace(".lora_A.", ".lora_B.")].double()
-            square = torch.sum((up.T @ up) * (down.double() @ down.double().T))
-            norms[group_of(name)].append(scaling * math.sqrt(max(0.0, float(square))))
+    for layer, factor in factors_of(weights, lora).items():
+        norms[group_of(f"{layer}.weight")].append(math.sqrt(max(0.0, inner(factor, factor))))
     return dict(norms)
 
 

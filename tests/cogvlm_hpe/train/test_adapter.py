@@ -1,18 +1,36 @@
 """What trains: counted, named, and with a gradient wherever the factors are put."""
 
+import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from tiny_model import small_config
 from torch import nn
 
 from cogvlm_hpe.config import AdapterConfig, ModelConfig, RunConfig, SetConfig, ShardsConfig
+from cogvlm_hpe.merge.factors import Factors, read_adapter
 from cogvlm_hpe.model.configuration import CogVLMConfig
-from cogvlm_hpe.model.load import empty_model
+from cogvlm_hpe.model.folders import read_notes
+from cogvlm_hpe.model.load import empty_model, load_base, put_adapter
 from cogvlm_hpe.model.modeling import CogVLMForCausalLM
-from cogvlm_hpe.train.adapter import TARGETS, add_lora, count_trainable, trainable, trainable_table, trainable_text
-from launcher.errors import UsageError
+from cogvlm_hpe.train.adapter import (
+    TARGETS,
+    add_lora,
+    count_trainable,
+    group_of,
+    read_input,
+    stack_on,
+    start_from,
+    trainable,
+    trainable_table,
+    trainable_text,
+)
+from cogvlm_hpe.train.checkpoint import Describe, Writer, newest, read
+from cogvlm_hpe.train.module import MODEL_PREFIX
+from launcher.errors import UsageError, UserError
 
 RANK = 10
 WIDTH, INNER, LAYERS = 4096, 11008, 32
@@ -176,3 +194,92 @@ def test_recomputing_keeps_nothing_of_the_inside_of_a_vision_layer(model: CogVLM
     assert any(inner in shape for shape in saved_shapes(model))
     model.activation_checkpointing_enable({"use_reentrant": False})
     assert not any(inner in shape for shape in saved_shapes(model))
+
+
+def logits_of(model: CogVLMForCausalLM) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    ids, pixels = torch.randint(4, 41, (2, 6), generator=generator), torch.randn(1, 3, 70, 70, generator=generator)
+    with torch.no_grad():
+        return model.eval()(
+            pixel_values=pixels, image_index=torch.zeros(2, dtype=torch.long), branch_input_ids=ids
+        ).logits
+
+
+def moved(model: CogVLMForCausalLM, seed: int) -> dict[str, torch.Tensor]:
+    """Trained parameters, after something was learned."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in trainable(model).values():
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    return {name: parameter.detach().clone() for name, parameter in trainable(model).items()}
+
+
+def saved(folder: Path, model: CogVLMForCausalLM, lora_config: LoraConfig, before: Factors, seed: int) -> Path:
+    describe = Describe({"scope": "all"}, lora_config, None, None, before)
+    weights = {MODEL_PREFIX + name: tensor for name, tensor in moved(model, seed).items()}
+    Writer(folder, describe).save(1, weights, {}, {})
+    return newest(folder)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_what_is_stacked_is_saved_as_one_adapter_and_parted_again(tmp_path: Path, rslora: bool) -> None:
+    """Of other layers, ranks and scales; judged, merged and resumed like any other."""
+    base = tmp_path / "base"
+    torch.manual_seed(0)
+    CogVLMForCausalLM(small_config()).save_pretrained(base)
+    first, before = load_base(base), lora("language.attention", "glue", rank=3)
+    first_folder = saved(tmp_path / "1", first, add_lora(first, before, str(base)), {}, 1)
+    given = read_adapter(first_folder)
+
+    second = load_base(base)
+    config = dataclasses.replace(lora("language.attention", "vision.mlp", rank=2), rslora=rslora, alpha=3.0)
+    lora_config = add_lora(second, config, str(base))
+    stack_on(second, given, base)
+    assert torch.allclose(logits_of(second), logits_of(first), atol=1e-5), "it begins where the first one ended"
+    assert not any(".before." in name for name in trainable(second))
+    folder = saved(tmp_path / "2", second, lora_config, given.factors, 2)
+
+    whole = read_adapter(folder).factors
+    ranks = {group_of(f"{layer}.weight"): factor.rank for layer, factor in whole.items()}
+    assert ranks == {"language.attention": 5, "glue": 3, "vision.mlp": 2}
+    assert torch.allclose(logits_of(put(base, folder)), logits_of(second), atol=1e-4)
+    again = read(folder, given.factors).weights
+    assert again.keys() == {MODEL_PREFIX + name for name in trainable(second)}
+    assert all(again[MODEL_PREFIX + name].equal(tensor) for name, tensor in trainable(second).items())
+    with pytest.raises(UserError, match="not as it was when this run was started"):
+        read(folder, {name: dataclasses.replace(f, a=f.a + 1) for name, f in given.factors.items()})
+
+
+def put(base: Path, folder: Path) -> CogVLMForCausalLM:
+    model = load_base(base)
+    put_adapter(model, folder, base, read_notes(folder))
+    return model
+
+
+def test_a_stage_takes_over_only_what_fits(tmp_path: Path, model: CogVLMForCausalLM) -> None:
+    folder = saved(tmp_path, model, add_lora(model, lora("language.mlp", rank=2), "unused"), {}, 1)
+    config = dataclasses.replace(lora("language.mlp", rank=2), init=str(folder))
+    given = read_input(config, "some fingerprint")
+    for other, error, said in (
+        (lora("language.mlp", rank=3), UsageError, "rank 2 and scale 2, here they are 3 and 2; .* adapter.stack"),
+        (lora("language.attention", rank=2), UserError, "which adapter.targets leaves out"),
+    ):
+        fresh = CogVLMForCausalLM(small_config())
+        add_lora(fresh, other, "unused")
+        with pytest.raises(error, match=said):
+            start_from(fresh, given)
+    with pytest.raises(UsageError, match="its scope is all, this config's text"):
+        read_input(dataclasses.replace(config, scope="text"), "")
+    (folder / "hpe.json").write_text('{"scope": "all", "base_fingerprint": "abc"}')
+    with pytest.raises(UserError, match="made on another base"):
+        read_input(config, "abd")
+    with pytest.raises(UserError, match="no adapter there"):
+        read_input(dataclasses.replace(config, init=str(tmp_path)), "")
+
+
+def test_layers_that_a_merge_dropped_start_afresh(tmp_path: Path, model: CogVLMForCausalLM) -> None:
+    folder = saved(tmp_path, model, add_lora(model, lora("language.attention", rank=2), "unused"), {}, 1)
+    fresh = CogVLMForCausalLM(small_config())
+    add_lora(fresh, lora("language.attention", "language.mlp", rank=2), "unused")
+    start_from(fresh, read_adapter(folder))
+    ups = {name: bool(p.any()) for name, p in trainable(fresh).items() if "lora_B" in name}
+    assert all(learned == ("self_attn" in name) for name, learned in ups.items())

@@ -3,10 +3,11 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -18,10 +19,15 @@ from launcher.errors import UserError
 NAME = "cogvlm.model.layers.0.self_attn.language_expert_dense.lora_A.default.weight"
 
 
+def described_run() -> checkpoint.Describe:
+    layer = "model.layers.0.self_attn.language_expert_dense"
+    lora = LoraConfig(r=2, target_modules=[layer], base_model_name_or_path="some/base")
+    return checkpoint.Describe({"scope": "text"}, lora, None, None)
+
+
 @pytest.fixture
 def describe() -> checkpoint.Describe:
-    lora = LoraConfig(r=2, target_modules=["model.layers.0.self_attn.language_expert_dense"])
-    return checkpoint.Describe({"scope": "text"}, lora, None, None)
+    return described_run()
 
 
 def tensors(step: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -125,29 +131,56 @@ class Killed:
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_kill_at_every_write_leaves_a_loadable_run(tmp_path: Path, describe: checkpoint.Describe) -> None:
-    """Every touch of a file while step 3 is saved: 2, or 3 if it is there, can be read, and `last` is one of them."""
-    seen = []
-    for at in range(1000):
-        run_dir = tmp_path / str(at)
-        save(run_dir, 1, describe, score=2.0, keep=1)
-        save(run_dir, 2, describe, keep=1)
+class Seen(NamedTuple):
+    """What can be read after a kill: steps of the newest checkpoint and of those that `last` and `best` point to."""
+
+    newest: int | None
+    last: int | None
+    best: int | None
+    left_after_next: list[str]
+
+
+def step_at(folder: Path | None) -> int | None:
+    try:
+        return None if folder is None else checkpoint.read(folder.resolve()).step
+    except (OSError, UserError):
+        return None
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> list[Seen]:
+    """A kill at every touch of a file while step 3, the best so far, is saved; the last one comes too late."""
+    folder, described, seen = tmp_path_factory.mktemp("killed"), described_run(), []
+    save(folder / "before", 1, described, score=2.0, keep=1)
+    save(folder / "before", 2, described, keep=1)
+    status = None
+    while status != 0:
+        run_dir = folder / str(len(seen))
+        shutil.copytree(folder / "before", run_dir, symlinks=True)
         child = os.fork()
         if child == 0:
-            Killed(at)
-            save(run_dir, 3, describe, score=1.0, keep=1)
+            Killed(len(seen))
+            save(run_dir, 3, described, score=1.0, keep=1)
             os._exit(0)
         status = os.waitpid(child, 0)[1]
-        newest = checkpoint.newest(run_dir)
-        seen.append(checkpoint.read(newest).step)
-        assert checkpoint.read((run_dir / "last").resolve()).step in (2, seen[-1])
-        assert checkpoint.read((run_dir / "best").resolve()).step in (1, 3)
-        save(run_dir, 4, describe, score=0.0, keep=1)  # the next start goes on, and clears away what was left
-        assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-00000004"]
-        if status == 0:
-            break
-        assert os.WTERMSIG(status) == signal.SIGKILL
-    assert seen == sorted(seen) and {2, 3} == set(seen) and len(seen) > 20
+        assert status == 0 or os.WTERMSIG(status) == signal.SIGKILL
+        steps = [step_at(path) for path in (checkpoint.newest(run_dir), run_dir / "last", run_dir / "best")]
+        save(run_dir, 4, described, score=0.0, keep=1)  # the next start goes on, and clears away what was left
+        seen.append(Seen(*steps, [path.name for path in (run_dir / "checkpoints").iterdir()]))
+        shutil.rmtree(run_dir)
+    return seen
+
+
+def test_kill_at_every_write_leaves_a_loadable_run(killed: list[Seen]) -> None:
+    newest = [seen.newest for seen in killed]
+    assert newest == sorted(newest, key=str) and {2, 3} == set(newest) and len(newest) > 20
+    assert all(seen.left_after_next == ["step-00000004"] for seen in killed)
+
+
+def test_latest_never_points_at_a_torn_checkpoint(killed: list[Seen]) -> None:
+    """Nor does `best`; both move after what they point to is there, and before the old one goes."""
+    assert all(seen.last in (2, seen.newest) and seen.best in (1, 3) for seen in killed)
+    assert {seen.last for seen in killed} == {2, 3} and {seen.best for seen in killed} == {1, 3}
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, describe: checkpoint.Describe) -> None:

@@ -1,21 +1,22 @@
 """Saved at one ZeRO stage and number of ranks, gone on with at another: the next losses are the undisturbed run's."""
 
-import json
-import os
-import subprocess
 import sys
-from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 
 import pytest
+from forked import Ranks
+from safetensors.torch import load_file
 
-from launcher.world import free_port
+sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
+import elastic
 
-PROGRAM = Path(__file__).with_name("elastic_ranks.py")
-ROOT = Path(__file__).parents[3]
-STAGES, RANKS = (0, 1, 2, 3), (1, 2)
+from cogvlm_hpe.model.modeling import CogVLMForCausalLM
+from cogvlm_hpe.train.adapter import add_lora, peft_name, trainable
+
+STAGES, RANKS = elastic.STAGES, tuple(elastic.MICRO)
 Way = tuple[int, int, int, int]  # stage and ranks of the writer, stage and ranks of the reader
+pytestmark = pytest.mark.slow
 
 
 def pairwise() -> list[Way]:
@@ -33,29 +34,53 @@ def pairwise() -> list[Way]:
     return chosen
 
 
-def launch(ranks: int, words: Iterable[str]) -> None:
-    place = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    env = os.environ | place | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    started = [
-        subprocess.Popen([sys.executable, str(PROGRAM), *words], env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(ranks)
-    ]
-    assert [process.wait(timeout=540) for process in started] == [0] * ranks
+def start(ranks: int, way: str, folder: Path, jobs: list[str]) -> None:
+    started = Ranks(ranks, elastic.work, way, folder, jobs, said=folder / f"{way}-{ranks}.txt")
+    assert started.wait() == 0, started.said
 
 
-@pytest.mark.slow
-def test_any_stage_and_ranks_go_on_from_any_other(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of all stages and numbers of ranks, and what their writers saw."""
+    folder = tmp_path_factory.mktemp("elastic")
+    for ranks in RANKS:
+        start(ranks, "write", folder, [str(stage) for stage in STAGES])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(written: Path) -> list[float]:
+    """The losses of one rank at stage 0."""
+    return elastic.results(written, "write", 1)["0"]
+
+
+def test_stages_and_ranks_give_the_same_curve(written: Path, expected: list[float]) -> None:
+    for ranks in RANKS:
+        for stage, losses in elastic.results(written, "write", ranks).items():
+            assert losses == pytest.approx(expected, rel=elastic.AIM), f"stage {stage} on {ranks} ranks"
+
+
+def test_any_stage_and_ranks_go_on_from_any_other(written: Path, expected: list[float]) -> None:
+    """A pairwise cover; benchmarks/elastic.py goes all ways."""
     ways = pairwise()
-    assert len(ways) < 20
-    whole = {}
+    assert len(ways) < 25
     for ranks in RANKS:
-        launch(ranks, ["write", str(tmp_path), *map(str, STAGES)])
-        losses = json.loads((tmp_path / f"write-{ranks}.json").read_text())
-        whole |= {(int(stage), ranks): values for stage, values in losses.items()}
-    for values in whole.values():
-        assert values == pytest.approx(whole[0, 1], rel=1e-5), "stages and ranks give the same curve"
+        start(ranks, "read", written, [f"{stage}:{a}-{b}" for a, b, stage, to in ways if to == ranks])
+        for job, losses in elastic.results(written, "read", ranks).items():
+            assert losses == pytest.approx(expected[elastic.BEFORE :], rel=elastic.AIM), f"{job} on {ranks} ranks"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_adapter_file_is_whole_under_zero(written: Path, stage: int) -> None:
+    """Every trained tensor in its true shape, and nothing of the base."""
+    config = elastic.run_config(stage)
+    model = CogVLMForCausalLM(elastic.model_config())
+    add_lora(model, config.adapter, "unused")
+    shapes = {peft_name(name): p.shape for name, p in trainable(model).items()}
     for ranks in RANKS:
-        jobs = sorted(f"{stage}:{a}-{b}" for a, b, stage, to in ways if to == ranks)
-        launch(ranks, ["read", str(tmp_path), *jobs])
-        for job, values in json.loads((tmp_path / f"read-{ranks}.json").read_text()).items():
-            assert values == pytest.approx(whole[0, 1][2:], rel=1e-5), f"{job} on {ranks} ranks"
+        path = written / f"{stage}-{ranks}" / "last" / "adapter_model.safetensors"
+        tensors = load_file(path)
+        assert {name: tensor.shape for name, tensor in tensors.items()} == shapes
+        assert all(tensor.any() for name, tensor in tensors.items() if "language" in name)
+        base_bytes = sum(4 * p.numel() for p in model.parameters() if not p.requires_grad)
+        assert path.stat().st_size < base_bytes / 10

@@ -4,19 +4,18 @@ One start of the two ranks (zero_ranks.py) serves all tests.
 """
 
 import json
-import multiprocessing
 from pathlib import Path
 
 import pytest
 import torch
 import zero_ranks
+from forked import Ranks
 from tiny_model import small_config
 from zero_ranks import EVERY, LR, STEPS, TEXT, Case, share
 
 from cogvlm_hpe.model.load import load_base
 from cogvlm_hpe.model.modeling import CogVLMForCausalLM
 from cogvlm_hpe.train.adapter import add_lora, trainable
-from launcher.world import World, free_port
 
 pytestmark = pytest.mark.slow
 RANKS = 2
@@ -36,18 +35,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def seen(base: Path) -> list[dict]:
     """Per rank: what each case gave."""
-    out, port = base.with_name("seen"), free_port()
-    start = multiprocessing.get_context("spawn").Process
-    worlds = [World(rank, rank, RANKS, RANKS, "127.0.0.1", port, "env") for rank in range(RANKS)]
-    children = [start(target=zero_ranks.main, args=(world, base, out)) for world in worlds]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(timeout=540)
-    codes = [child.exitcode for child in children]
-    for child in children:
-        child.kill()
-    assert codes == [0] * RANKS
+    out = base.with_name("seen")
+    ranks = Ranks(RANKS, zero_ranks.main, base, out, said=base.with_name("said.txt"))
+    assert ranks.wait() == 0, ranks.said
     return [json.loads(out.with_suffix(f".{rank}").read_text()) for rank in range(RANKS)]
 
 

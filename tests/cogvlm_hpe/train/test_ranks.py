@@ -1,18 +1,21 @@
-"""Real runs under the real launchers: the ranks do not matter, nor does an interruption."""
+"""Real runs on real ranks: how many there are does not matter, nor does an interruption."""
 
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import yaml
 from safetensors.torch import load_file
 from tiny_model import write_tiny_model
 from tiny_source import TinySource
 
+from cogvlm_hpe.merge.factors import read_adapter
 from launcher.comm import single
 from launcher.world import free_port
 from shards.write import build
@@ -38,16 +41,23 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(place: Path, run: str, *more: str, ranks: int = 1) -> subprocess.CompletedProcess:
-    words = ["train", "--config", str(place / "lora.yaml"), "--run_dir", str(place / run), *more]
-    if ranks == 1:
-        argv = [sys.executable, "-m", "cogvlm_hpe", *words]
-    else:
-        deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-        argv = [deepspeed, "--num_gpus", str(ranks), "--master_port", str(free_port())]
-        argv += ["--module", "cogvlm_hpe", *words]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(argv, capture_output=True, text=True, env=env, timeout=540)
+def words_of(place: Path, run: str, *more: str) -> list[str]:
+    return ["--config", str(place / "lora.yaml"), "--run_dir", str(place / run), *more]
+
+
+def train(place: Path, run: str, *more: str, ranks: int = 1) -> tuple[int, str]:
+    """Exit code and output."""
+    started = forked.train(words_of(place, run, *more), ranks, place / f"{run}.txt")
+    return started.wait(), started.said
+
+
+def must_train(place: Path, run: str, *more: str, ranks: int = 1, code: int = 0) -> None:
+    found, said = train(place, run, *more, ranks=ranks)
+    assert found == code, said
+
+
+def adapter_of(place: Path, run: str) -> Path:
+    return place / run / "last" / "adapter_model.safetensors"
 
 
 def losses(place: Path, run: str) -> list[float]:
@@ -58,46 +68,92 @@ def losses(place: Path, run: str) -> list[float]:
 @pytest.fixture(scope="module")
 def whole_run(place: Path) -> str:
     """One rank, from start to end."""
-    done = train(place, "whole")
-    assert done.returncode == 0, done.stderr
+    must_train(place, "whole")
     return "whole"
 
 
-def test_two_ranks_train_like_one(place: Path, whole_run: str) -> None:
-    done = train(place, "two", ranks=2)
+@pytest.fixture(scope="module")
+def two_ranks(place: Path) -> str:
+    """Two ranks, from start to end, through DeepSpeed's own launcher."""
+    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+    argv = [deepspeed, "--num_gpus", "2", "--master_port", str(free_port()), "--module", "cogvlm_hpe", "train"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*argv, *words_of(place, "two")], capture_output=True, text=True, env=env, timeout=540)
     assert done.returncode == 0, done.stderr
-    assert len(losses(place, "two")) == STEPS
-    assert losses(place, "two") == pytest.approx(losses(place, whole_run), rel=1e-5)
-    one, two = (load_file(place / run / "last" / "adapter_model.safetensors") for run in (whole_run, "two"))
+    return "two"
+
+
+@pytest.fixture(scope="module")
+def half_run(place: Path) -> str:
+    """One rank, stopped half way."""
+    must_train(place, "half", "--train.stop_after", "2", code=85)
+    return "half"
+
+
+def test_two_ranks_train_like_one(place: Path, whole_run: str, two_ranks: str) -> None:
+    assert len(losses(place, two_ranks)) == STEPS
+    assert losses(place, two_ranks) == pytest.approx(losses(place, whole_run), rel=1e-5)
+    one, two = (load_file(adapter_of(place, run)) for run in (whole_run, two_ranks))
     assert one.keys() == two.keys()
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-4
     assert max(float(two[name].abs().max()) for name in two if "lora_B" in name) > 1e-3
 
 
-def test_resume_is_bitwise_equal_on_another_micro_batch_and_stage(place: Path, whole_run: str) -> None:
-    assert train(place, "halves", "--train.stop_after", "2").returncode == 85
-    done = train(place, "halves", "--resume")
-    assert done.returncode == 0, done.stderr
-    assert losses(place, "halves") == losses(place, whole_run)
-    a, b = (place / run / "last" / "adapter_model.safetensors" for run in ("halves", whole_run))
-    assert a.read_bytes() == b.read_bytes()
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (2, 2)])
+def test_resume_is_bitwise_equal(
+    place: Path, ranks: int, workers: int, half_run: str, request: pytest.FixtureRequest
+) -> None:
+    run, how = f"halves-{ranks}-{workers}", ("--shards.workers", str(workers))
+    if (ranks, workers) == (1, 0):
+        shutil.copytree(place / half_run, place / run, symlinks=True)
+    else:
+        must_train(place, run, *how, "--train.stop_after", "2", ranks=ranks, code=85)
+    must_train(place, run, *how, "--resume", ranks=ranks)
+    undisturbed = request.getfixturevalue({1: "whole_run", 2: "two_ranks"}[ranks])
+    assert losses(place, run) == losses(place, undisturbed)
+    assert adapter_of(place, run).read_bytes() == adapter_of(place, undisturbed).read_bytes()
 
 
-def test_another_world_size_and_zero_stage_go_on_with_the_same_losses(place: Path, whole_run: str) -> None:
-    assert train(place, "other", "--train.stop_after", "2").returncode == 85
-    done = train(place, "other", "--resume", "--train.zero_stage", "3", ranks=2)
-    assert done.returncode == 0, done.stderr
+def test_resume_on_other_world_size_keeps_global_batches(place: Path, whole_run: str, half_run: str) -> None:
+    """And on another ZeRO stage and micro-batch."""
+    shutil.copytree(place / half_run, place / "other", symlinks=True)
+    must_train(place, "other", "--resume", "--train.zero_stage", "3", "--train.micro_batch", "4", ranks=2)
     assert losses(place, "other") == pytest.approx(losses(place, whole_run), rel=1e-5)
 
 
 def test_a_whole_model_goes_on_split_over_ranks(place: Path) -> None:
     whole = ("--adapter", "null", "--train.lr", "0.001")
-    done = train(place, "model", *whole, "--train.zero_stage", "1")
-    assert done.returncode == 0, done.stderr
-    assert train(place, "split", *whole, "--train.stop_after", "2").returncode == 85
-    done = train(place, "split", *whole, "--resume", "--train.zero_stage", "3", ranks=2)
-    assert done.returncode == 0, done.stderr
+    must_train(place, "model", *whole, "--train.zero_stage", "1")
+    must_train(place, "split", *whole, "--train.stop_after", "2", code=85)
+    must_train(place, "split", *whole, "--resume", "--train.zero_stage", "3", ranks=2)
     assert losses(place, "split") == pytest.approx(losses(place, "model"), rel=1e-5)
+
+
+def test_a_stage_takes_over_an_adapter_or_stands_on_it(place: Path, whole_run: str) -> None:
+    """`init` and `stack` begin with the same model; what is stacked holds both, and goes on split over ranks."""
+    before = str(place / whole_run / "last")
+    must_train(place, "taken", "--adapter.init", before, "--train.stop_after", "1", code=85)
+    stack = ("--adapter.stack", before, "--adapter.rank", "2", "--adapter.targets", "[language.attention]")
+    must_train(place, "stacked", *stack)
+    must_train(place, "stacked-half", *stack, "--train.stop_after", "2", code=85)
+    must_train(place, "stacked-half", *stack, "--resume", "--train.zero_stage", "3", ranks=2)
+    assert losses(place, "taken")[0] == pytest.approx(losses(place, "stacked")[0], rel=1e-6)
+    assert losses(place, "stacked")[0] < losses(place, whole_run)[0] - 0.01
+    assert losses(place, "stacked-half") == pytest.approx(losses(place, "stacked"), rel=1e-5)
+    ranks = {name: factor.rank for name, factor in read_adapter(place / "stacked" / "last").factors.items()}
+    assert {rank for name, rank in ranks.items() if "self_attn" in name} == {4 + 2}
+    assert {rank for name, rank in ranks.items() if "mlp" in name} == {4}
+
+
+def test_deepspeeds_own_settings_and_a_profile(place: Path, whole_run: str) -> None:
+    """Offloading the optimizer's state to the CPU changes no number; the trace holds the steps after the second."""
+    offload = '{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}'
+    must_train(place, "offload", "--train.deepspeed", offload, "--train.profile", "true")
+    assert losses(place, "offload") == pytest.approx(losses(place, whole_run), rel=1e-6)
+    [trace] = (place / "offload" / "profile").iterdir()
+    names = {event["name"] for event in json.loads(trace.read_text())["traceEvents"]}
+    assert {"ProfilerStep#2", "ProfilerStep#3", "aten::scaled_dot_product_attention"} <= names
+    assert not {"ProfilerStep#0", "ProfilerStep#1"} & names
 
 
 def test_a_run_folder_tells_its_story(place: Path, whole_run: str) -> None:
@@ -110,6 +166,7 @@ def test_a_run_folder_tells_its_story(place: Path, whole_run: str) -> None:
     assert any((run / "tensorboard").iterdir())
     log = (run / "log.txt").read_text()
     assert re.search(r"language\.attention +2 +8 +1,536  float32", log) and "parameters train (" in log
+    assert re.search(r"set: 24 images, 36 heads, 100\.0% of the stream, 1\.33 epochs", log)
 
 
 def test_the_adapter_is_plain_peft(place: Path, whole_run: str) -> None:
@@ -129,26 +186,26 @@ def test_mistakes_are_one_line(place: Path, whole_run: str) -> None:
         (("--shards.train", '[{"path": "/no/such/set"}]'), "/no/such/set", 1),
         (("--model.base", "/no/such/base"), "/no/such/base", 1),
         (("--shards.batch", "9"), "micro_batch", 2),
+        (("--adapter.init", str(place / whole_run / "last"), "--adapter.rank", "2"), "adapter.stack", 2),
     ):
-        done = train(place, "wrong", *words)
-        lines = [line for line in done.stderr.splitlines() if line.startswith("cogvlm-hpe: error:")]
-        assert done.returncode == code, done.stderr
+        found, said = train(place, "wrong", *words)
+        lines = [line for line in said.splitlines() if line.startswith("cogvlm-hpe: error:")]
+        assert found == code, said
         assert len(lines) == 1 and names in lines[0]
-        assert "Traceback" not in done.stderr
-    again = train(place, whole_run)
-    assert again.returncode == 1 and "--resume" in again.stderr
-    changed = train(place, whole_run, "--resume", "--train.lr", "0.5")
-    assert changed.returncode == 1 and "train.lr: 0.01 -> 0.5" in changed.stderr
+        assert "Traceback" not in said
+    code, said = train(place, whole_run)
+    assert code == 1 and "--resume" in said
+    code, said = train(place, whole_run, "--resume", "--train.lr", "0.5")
+    assert code == 1 and "train.lr: 0.01 -> 0.5" in said
 
 
 def test_a_base_under_muon_resumes_bitwise_and_trains_alike_on_two_ranks(place: Path) -> None:
     words = ["--adapter", "null", "--train.optimizer", "muon", "--train.zero_stage", "0"]
     words += ["--train.auxiliary", '{"dense": 0.3, "guidance": 0.3, "guided_layer": 1, "guided_heads": 1}']
-    assert train(place, "base-whole", *words).returncode == 0
-    assert train(place, "base-halves", *words, "--train.stop_after", "2").returncode == 85
-    done = train(place, "base-halves", *words, "--resume")
-    assert done.returncode == 0, done.stderr
+    must_train(place, "base-whole", *words)
+    must_train(place, "base-halves", *words, "--train.stop_after", "2", code=85)
+    must_train(place, "base-halves", *words, "--resume")
     files = [place / run / "last" / "model.safetensors" for run in ("base-whole", "base-halves")]
     assert files[0].read_bytes() == files[1].read_bytes()
-    assert train(place, "base-two", *words, ranks=2).returncode == 0
+    must_train(place, "base-two", *words, ranks=2)
     assert losses(place, "base-two") == pytest.approx(losses(place, "base-whole"), rel=1e-4)
