@@ -1,5 +1,6 @@
 """The numbers that make a CogVLM: decoder, experts and vision tower."""
 
+from dataclasses import field
 from typing import Any, Literal
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -34,10 +35,10 @@ class CogVLMConfig(PreTrainedConfig):
     use_cache: bool = True
     template_version: str = "base"
     rope_dtype: Literal["float32", "bfloat16"] = "float32"
-    vision_config: dict[str, Any] | None = None
+    vision_config: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.vision_config = VISION_DEFAULTS | (self.vision_config or {})
+        self.vision_config = VISION_DEFAULTS | self.vision_config
         super().__post_init__(**kwargs)
 
     @classmethod

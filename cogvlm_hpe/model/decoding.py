@@ -39,8 +39,8 @@ def greedy(
     if not prompts:
         return []
     eos, device = model.config.eos_token_id, model.device
-    one = isinstance(max_new_tokens, int)
-    limits = torch.tensor([max_new_tokens] * len(prompts) if one else list(max_new_tokens), device=device)
+    each = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    limits = torch.tensor(each, device=device)
     longest = comm.max(int(limits.max()))
     ids, layout = _pack(prompts, image_index, len(prefix.patches), device)
     decoder = _Decoder(model, prefix, layout, torch.as_tensor(image_index), longest)

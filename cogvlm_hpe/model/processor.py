@@ -6,7 +6,7 @@ Shapes: B rows, R questions, I images, S image side in px, L tokens.
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -168,7 +168,7 @@ class CogVLMProcessor(ProcessorMixin):
             CogVLMTokenizer.around(load_tokenizer(where, config.vocab_size)),
             config.vision_config["image_size"],
             config.vision_config["patch_size"],
-            config.template_version,
+            cast(Template, config.template_version),
             notes["answer_format"],
         )
 
@@ -203,7 +203,7 @@ class CogVLMProcessor(ProcessorMixin):
         if return_tensors != "pt":
             raise ValueError(f"return_tensors {return_tensors!r}: torch tensors ('pt') are all there is")
         alone = isinstance(text, str)
-        queries = [text] if alone else list(text)
+        queries = [text] if isinstance(text, str) else list(text)
         if alone and isinstance(images, list | tuple) and len(images) == 1:
             images = images[0]
         pictures = _row_each("images", images, len(queries), alone)
