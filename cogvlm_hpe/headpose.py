@@ -116,7 +116,7 @@ class HeadPose:
     def _see(self, pixels: np.ndarray) -> Any:
         from cogvlm_hpe.evaluate.answer import encode
         from cogvlm_hpe.model.pixels import normalise
-        from shards.stream import resize
+        from shards.pixels import resize
 
         weight = next(self.loaded.model.parameters())
         side_px = self.loaded.model.config.vision_config["image_size"]

@@ -16,10 +16,7 @@ from shards.ahead import Ahead, check_caches
 from shards.augment import Augment, Change
 from shards.fetch import Fetched, Room, fetch_in_order
 from shards.index import SampleError, ShardSet
-from shards.pixels import Scratch
-from shards.pixels import decode_image as decode_image
-from shards.pixels import decode_pixels as decode_pixels
-from shards.pixels import resize as resize
+from shards.pixels import Scratch, resize
 from shards.plan import Plan, Slot, consecutive_batches, rank_share
 from shards.record import Record
 

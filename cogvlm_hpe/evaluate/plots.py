@@ -177,7 +177,7 @@ def head_pixels(image: np.ndarray, row: Row, answer: Row | None, side_px: int) -
 def read_images(shards: str | None, keys: set[str]) -> dict[str, np.ndarray] | None:
     """(H, W, 3) uint8 of each key in the set at `shards`; None where not all of them can be read any more."""
     from shards.index import open_set
-    from shards.stream import decode_pixels
+    from shards.pixels import decode_pixels
 
     if shards is None:
         return None

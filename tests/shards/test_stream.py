@@ -17,8 +17,9 @@ from launcher.errors import UsageError, UserError
 from shards import pose
 from shards.augment import Augment
 from shards.index import ShardSet, open_set
+from shards.pixels import decode_image
 from shards.plan import Plan, is_mirrored
-from shards.stream import Item, Stream, decode_image, read_all
+from shards.stream import Item, Stream, read_all
 
 
 @pytest.fixture

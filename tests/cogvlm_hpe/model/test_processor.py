@@ -16,7 +16,7 @@ from cogvlm_hpe.model.pixels import normalise
 from cogvlm_hpe.model.processor import fill_boxes, write_prompt
 from cogvlm_hpe.model.tokenizer import FILE_NAME, load_tokenizer, train_tokenizer
 from launcher.errors import UserError
-from shards.stream import decode_image
+from shards.pixels import decode_image
 
 PUBLISHED = Path(__file__).parents[2] / "data" / "tiny0" / "hf"
 TOKENIZER = load_tokenizer(resolve_base("tiny"))
