@@ -23,7 +23,7 @@ _EPILOG = """under mpirun ranks share the work:
   mpirun -np 4 cogvlm-hpe label DIR --with cnn:runs/cnn --out DIR
 A crop network's confidence is how well it agrees with itself on the mirrored crop: 1 for the same pose, 0 for poses 90
 degrees apart. A language model's is that of expectation decoding. Heads it gives no pose to, or one of too little
-confidence, stay without; they are counted in the new set's index.json."""
+confidence, stay without; hpe-shards info tells how many of the new set's heads have one."""
 _KINDS = ("cnn", "cogvlm")
 
 

@@ -191,6 +191,7 @@ def _print_info(shard_set: "ShardSet") -> None:
     rows = {key: str(info[key]) for key in ("name", "source", "licence", "split", "convention")}
     rows["scope"] = ", ".join(f"{key} {value}" for key, value in info["scope"].items())
     rows |= {key: f"{number:,}" for key, number in info["counts"].items()}
+    rows["heads with a pose"] = f"{sum(info['poses']['yaw']['heads']):,}"
     console = Console(highlight=False)
     facts = Table(title=shard_set.place, show_header=False)
     for key, value in rows.items():

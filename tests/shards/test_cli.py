@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -87,6 +88,7 @@ def test_build_verify_info_preview(
     assert main(["info", "set"]) == 0
     said = capsys.readouterr().out
     assert "CC0-1.0" in said and "heads by yaw" in said and "█" in said
+    assert re.search(r"heads with a pose +│ 13 ", said)
     assert main(["preview", "set", "--count", "4"]) == 0
     assert Path("set-preview.png").is_file()
     Path("set/small-000001.tar").unlink()
