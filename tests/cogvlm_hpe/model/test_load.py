@@ -14,7 +14,7 @@ from tiny_model import small_config
 
 from cogvlm_hpe.model.configuration import CogVLMConfig
 from cogvlm_hpe.model.convert import Source, write_sat
-from cogvlm_hpe.model.folders import resolve_base, tokenizer_folder
+from cogvlm_hpe.model.folders import resolve_base
 from cogvlm_hpe.model.load import empty_model, load, load_base
 from cogvlm_hpe.model.modeling import CogVLMForCausalLM
 from cogvlm_hpe.model.weights import open_weights
@@ -142,13 +142,6 @@ def test_truncated_file_is_named(base: Path) -> None:
         load_base(base)
 
 
-def test_a_folder_without_a_config_is_no_base(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no config\.json or model_config\.json"):
-        resolve_base(tmp_path)
-    (tmp_path / "model_config.json").write_text("{}")
-    assert resolve_base(tmp_path) == tmp_path
-
-
 def test_tokenizer_may_lie_elsewhere(tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors"):
         shutil.copy(TINY / name, tmp_path)
@@ -160,12 +153,6 @@ def test_tokenizer_may_lie_elsewhere(tmp_path: Path) -> None:
 def test_a_tokenizer_with_more_tokens_than_the_model_has_rows_is_refused(base: Path) -> None:
     with pytest.raises(UserError, match="tokens, but the model's vocab_size is 41"):
         load(base, tokenizer=TINY)
-
-
-def test_an_adapters_tokenizer_wins_while_it_exists(base: Path, tmp_path: Path) -> None:
-    shutil.copy(TINY / "tokenizer.json", base)
-    assert tokenizer_folder(base, {"tokenizer": str(TINY)}) == TINY
-    assert tokenizer_folder(base, {"tokenizer": str(tmp_path / "gone")}) == base
 
 
 @pytest.mark.parametrize(("side_px", "parameters"), [(490, 17_639_685_376), (224, 17_637_948_928)])
