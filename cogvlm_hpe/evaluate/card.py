@@ -1,5 +1,6 @@
 """Scores in the card of the model they are about: README.md of its folder, for people and for the hub's model index."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 CARD = "README.md"
 _HEADING = "## Evaluation"
+_SECTION = re.compile(rf"^{_HEADING}[ \t]*$.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 _TASK = "head-pose-estimation"
 _TEXT = (
     "Whole images, one head asked about at a time. Errors in degrees, 95 % intervals from resampling images in "
@@ -72,12 +74,11 @@ def _index(results: Sequence[Result]) -> "list[EvalResult]":
 
 def _with_scores(text: str, results: Sequence[Result]) -> str:
     """The card's text with a section of scores, in the place of the one it had, or at its end."""
-    before, found, after = text.strip().partition(f"{_HEADING}\n")
-    rest = after.partition("\n## ") if found else ("", "", "")
-    made = [_made(result) for result in results]
-    section = [_HEADING, _TEXT, markdown_table(*score_table(results)), "\n".join(made)]
-    tail = [f"## {rest[2].strip()}"] if rest[1] else []
-    return "\n\n".join([before.strip(), *section, *tail]) + "\n"
+    made = "\n".join(_made(result) for result in results)
+    section = "\n\n".join([_HEADING, _TEXT, markdown_table(*score_table(results)), made])
+    old = _SECTION.search(text)
+    before, after = (text[: old.start()], text[old.end() :]) if old else (text, "")
+    return "\n\n".join(part.strip() for part in (before, section, after) if part.strip()) + "\n"
 
 
 def _made(result: Result) -> str:

@@ -22,7 +22,7 @@ def test_a_model_card_carries_the_scores_and_keeps_all_else(
     foreign = {"name": "x", "results": [{"task": {"type": "vqa"}, "dataset": {"type": "d", "name": "D"}}]}
     foreign["results"][0]["metrics"] = [{"type": "accuracy", "value": 0.5}]
     data = ModelCardData(base_model="a/base", tags=["merge"], **{"model-index": [foreign]})
-    text = f"---\n{data.to_yaml()}\n---\n\n# Merged\n\nIt was merged.\n\n## Use\n\nSo.\n"
+    text = f"---\n{data.to_yaml()}\n---\n\n# Merged\n\nIt was merged.\n\n### Evaluation\n\nBy eye.\n\n## Use\n\nSo.\n"
     (model / "README.md").write_text(text)
     loaded = results.load_results(runs)
     write_card(model, loaded)
@@ -35,7 +35,8 @@ def test_a_model_card_carries_the_scores_and_keeps_all_else(
         assert scores[name, "geodesic_deg"] == tasks["pose"]["all"]["geodesic"]["mean"]
         assert scores[name, "grounding_accuracy"] == 1.0
     assert scores.pop(("D", "accuracy")) == 0.5 and {name for name, _ in scores} == {"tiny-train", "tiny-test"}
-    assert "It was merged.\n\n## Use\n\nSo.\n\n## Evaluation\n" in first and "| good |" in first and "poor" not in first
+    assert text.partition("# Merged")[2] + "\n## Evaluation\n" in first
+    assert "| good |" in first and "poor" not in first
     (model / "README.md").write_text(first.replace("| good |", "| stale |") + "\n## More\n\nText.\n")
     write_card(model, loaded)
     assert (model / "README.md").read_text() == first + "\n## More\n\nText.\n"
