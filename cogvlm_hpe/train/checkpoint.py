@@ -241,6 +241,11 @@ def newest(run_dir: Path) -> Path | None:
     return whole[-1] if whole else None
 
 
+def torn(run_dir: Path) -> list[Path]:
+    """What has a checkpoint's name and no manifest: this program leaves none such, a copy that broke off does."""
+    return sorted({*(run_dir / FOLDER).glob("step-*")} - {*_complete(run_dir)})
+
+
 def _complete(run_dir: Path) -> list[Path]:
     return [p for p in sorted((run_dir / FOLDER).glob("step-*")) if (p / _MANIFEST).is_file()]
 

@@ -7,6 +7,7 @@ decode in step, and a rank that has run out of images or questions answers a bla
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,8 @@ from cogvlm_hpe.train.engine import Engine
 from launcher.comm import Comm
 from shards.draw import Pixels
 from shards.index import ShardSet, open_set
-from shards.pixels import decode_pixels
 from shards.plan import consecutive_batches
-from shards.stream import Item, read_all
+from shards.stream import Item, decode_pixels, read_all
 
 _WORST = 16
 _COLUMNS = 4
@@ -47,6 +47,12 @@ class Judged:
     def name(self) -> str:
         """The folder's name."""
         return self.shard_set.path.name
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """Where in the set the judged images lie, by key."""
+        wanted, order = {row["key"] for row in self.rows}, self.shard_set.key_order().tolist()
+        return dict(islice(((key, i) for i in order if (key := self.shard_set.key(i)) in wanted), len(wanted)))
 
 
 @dataclass
@@ -158,16 +164,15 @@ def worst_heads(judged: Sequence[Judged], heads: int = _WORST) -> Pixels:
     rows.sort(key=lambda pair: -(pair[1]["errors"] or {"geodesic": np.inf})["geodesic"])
     tiles, titles = [], []
     for one, row in rows[:heads]:
-        tiles.append(_tile(one.shard_set, row))
+        tiles.append(_tile(one, row))
         titles.append("no pose" if row["errors"] is None else f"{row['errors']['geodesic']:.0f} deg")
     return contact_sheet(tiles, titles, columns=_COLUMNS)
 
 
-def _tile(shard_set: ShardSet, row: Row) -> Pixels:
+def _tile(one: Judged, row: Row) -> Pixels:
     from cogvlm_hpe.draw import head_tile
 
-    place = next(i for i in shard_set.key_order().tolist() if shard_set.key(i) == row["key"])
-    stored = shard_set.read(place)
+    stored = one.shard_set.read(one.places[row["key"]])
     truth = metrics.rotations(pose_triples([row], "truth"))[0]
     predicted = None if row["parsed"] is None else metrics.rotations(pose_triples([row], "parsed"))[0]
     return head_tile(decode_pixels(stored.image, stored.extension), row["box"], truth, predicted)

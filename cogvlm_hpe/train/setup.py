@@ -66,8 +66,8 @@ def find_resume(run_dir: Path, comm: Comm, resume: bool) -> Path | None:
 
 def setup(config: RunConfig, world: World, comm: Comm, *, resume: bool, allow_change: bool) -> Run:
     """All ranks. Build everything the loop needs. Raises UserError or UsageError for what the user can mend."""
-    start_s, threads = time.time(), set_threads(world)
-    run_dir = Path(config.run_dir)
+    start_s, run_dir = time.time(), Path(config.run_dir)
+    set_threads(world)
     accumulation = configs.check_world(config, world.size)
     from_folder = find_resume(run_dir, comm, resume)
     if from_folder is not None and not allow_change:
@@ -93,12 +93,7 @@ def setup(config: RunConfig, world: World, comm: Comm, *, resume: bool, allow_ch
         wake_optimizer(engine, collator, accumulation)  # 6
         engine.load(saved.weights, saved.optimizer)
     first_step = saved.step if saved is not None else 0
-    if comm.rank == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(run_dir / CONFIG_FILE, dump(config))
-        write_run_json(run_dir, world, threads, start_s, first_step)
-    monitor = Monitor(run_dir, comm, first_step)
-    monitor.say(f"{world.size} ranks × {threads} threads ({world.kind}), from {from_folder or 'the start'}")
+    monitor = open_monitor(config, world, comm, start_s, first_step)
     describe_start(monitor, config, module, sets, plan)
     image_size = model.config.vision_config["image_size"]
     stream = make_stream(config.shards, sets, plan, comm, image_size, first_step)  # 7
@@ -252,6 +247,21 @@ def describe_files(
     if config.model.tokenizer:
         said["tokenizer"] = str(Path(config.model.tokenizer).resolve())
     return checkpoint.Describe({"stage": Path(config.run_dir).name, **said}, None, model.config, tokenizer)
+
+
+def open_monitor(config: RunConfig, world: World, comm: Comm, start_s: float, first_step: int) -> Monitor:
+    """All ranks. The run folder with its config and a line for this start in run.json, and what writes into it."""
+    run_dir, threads = Path(config.run_dir), torch.get_num_threads()
+    if comm.rank == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(run_dir / CONFIG_FILE, dump(config))
+        write_run_json(run_dir, world, threads, start_s, first_step)
+    monitor = Monitor(run_dir, comm, first_step)
+    origin = f"resumed from {checkpoint.folder_of(run_dir, first_step)}" if first_step else "from the start"
+    monitor.say(f"{world.size} ranks × {threads} threads ({world.kind}), {origin}")
+    for folder in checkpoint.torn(run_dir):
+        monitor.say(f"{folder}: no manifest, so no checkpoint; left out")
+    return monitor
 
 
 def describe_start(

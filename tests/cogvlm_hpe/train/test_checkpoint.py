@@ -60,6 +60,7 @@ def test_a_folder_without_manifest_is_not_a_checkpoint(tmp_path: Path, describe:
     save(tmp_path, 1, describe)
     (save(tmp_path, 2, describe) / "manifest.json").unlink()
     assert checkpoint.newest(tmp_path).name == "step-00000001"
+    assert [folder.name for folder in checkpoint.torn(tmp_path)] == ["step-00000002"]
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
