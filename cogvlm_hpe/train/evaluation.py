@@ -28,8 +28,9 @@ from cogvlm_hpe.train.engine import Engine
 from launcher.comm import Comm
 from shards.draw import Pixels
 from shards.index import ShardSet, open_set
+from shards.pixels import decode_pixels
 from shards.plan import consecutive_batches
-from shards.stream import Item, decode_pixels, read_all
+from shards.stream import Item, read_all
 
 _WORST = 16
 _COLUMNS = 4
