@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import pytest
@@ -25,6 +26,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
 TWO_NODES = ["--nodes=2", "--ntasks-per-node=1", "--gres=gpu:1", "--cpus-per-task=1"]
 STEPS = 48
+T = TypeVar("T")
 ADAPTER = "last/adapter_model.safetensors"
 
 
@@ -68,17 +70,29 @@ class Run:
         values = [json.loads(line) for line in lines if line.endswith("\n")]
         return [value["global_step"] for value in values if "train/loss" in value]
 
+    def wait_until(self, ready: Callable[[], T | None]) -> T:
+        """What `ready` returns once it is something; looking costs little, asking Slurm does not."""
+        deadline_s, asked_s = time.monotonic() + 240, time.monotonic()
+        while not (found := ready()):
+            if time.monotonic() > asked_s + 2:
+                asked_s, job = time.monotonic(), self.slurm.job(self.job)
+                ended = job["JobState"] in ("COMPLETED", "FAILED")
+                assert asked_s < deadline_s and not ended, f"{job}\n{self.slurm.log(job)}"
+            time.sleep(0.05)
+        return found
+
     def wait_for(self, said: str, after_s: float) -> float:
         """Unix time of the first line of the run's log since `after_s` that says so."""
-        deadline_s = time.monotonic() + 240
-        while True:
+
+        def look() -> float | None:
             for line in (self.folder / "log.txt").read_text().splitlines():
                 day, clock, text = line.split(" ", 2)
                 at_s = datetime.fromisoformat(f"{day} {clock}").timestamp()
                 if at_s >= after_s and re.search(said, text):
                     return at_s
-            self.check_alive(deadline_s)
-            time.sleep(0.1)
+            return None
+
+        return self.wait_until(look)
 
     def processes(self) -> list[tuple[psutil.Process, list[str]]]:
         """All processes of the run and their words: batch script, launcher, srun and ranks."""
@@ -89,21 +103,6 @@ class Run:
                     found.append((process, words))
         return found
 
-    def wait_for_ranks(self) -> list[psutil.Process]:
-        """The two ranks, once they have made a step that is not saved."""
-        deadline_s, ranks = time.monotonic() + 240, []
-        while len(ranks) < 2 or not self.unsaved():
-            ranks = [process for process, words in self.processes() if words[1:3] == ["-m", "cogvlm_hpe"]]
-            self.check_alive(deadline_s)
-            time.sleep(0.05)
-        return ranks
-
-    def check_alive(self, deadline_s: float) -> None:
-        """There is time left, and the job may still do what is waited for."""
-        job = self.slurm.job(self.job)
-        ended = job["JobState"] in ("COMPLETED", "FAILED")
-        assert time.monotonic() < deadline_s and not ended, f"{job}\n{self.slurm.log(job)}"
-
     def unsaved(self) -> bool:
         """Whether the newest step is that of no checkpoint."""
         saved = [int(path.parent.name[5:]) for path in self.folder.glob("checkpoints/step-*/manifest.json")]
@@ -113,7 +112,9 @@ class Run:
         """The ranks, and the Unix time from which they felt the blow: they are held until it has been dealt, so that
         on a quick machine the run is not through before Slurm has acted.
         """
-        ranks = self.wait_for_ranks()
+        self.wait_until(self.unsaved)
+        ranks = [process for process, words in self.processes() if words[1:3] == ["-m", "cogvlm_hpe"]]
+        assert len(ranks) == 2, ranks
         for rank in ranks:
             rank.suspend()
         blow(ranks)
@@ -139,7 +140,9 @@ class Run:
 
 def lives(process: psutil.Process) -> bool:
     """Whether it runs; nobody may be there to reap a dead one."""
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def test_whatever_ends_it_the_run_comes_out_the_same(
@@ -151,10 +154,7 @@ def test_whatever_ends_it_the_run_comes_out_the_same(
     storm.submit("--time=1", "--signal=B:USR1@20")
 
     def limit(_: list[psutil.Process]) -> None:
-        deadline_s = time.monotonic() + 90
-        while "SIGUSR1: asking" not in slurm.log(slurm.job(storm.job)):
-            storm.check_alive(deadline_s)
-            time.sleep(0.1)
+        storm.wait_until(lambda: "SIGUSR1: asking" in (place / f"{storm.job}.log").read_text())
         slurm.call("scontrol", "update", f"JobId={storm.job}", "TimeLimit=30")  # of the starts to come
 
     def down(_: list[psutil.Process]) -> None:
