@@ -112,7 +112,8 @@ def plan(folder: Path, sizes: Sizes, nproc: int) -> list[Stage]:
         Stage(
             "report",
             folder / "report.html",
-            _program("cogvlm_hpe", "report", *(folder / "evaluation" / on for on in _JUDGED_ON), "--out", folder),
+            _program("cogvlm_hpe", "report", *(folder / "evaluation" / on for on in _JUDGED_ON), "--out", folder)
+            + ["--card", str(merged)],
         ),
     ]
 
