@@ -141,7 +141,8 @@ def _parser() -> argparse.ArgumentParser:
         elif name != "merge":
             one.add_argument("--nproc", type=int, metavar="N", help="ranks (default: Slurm's tasks, or one per GPU)")
             one.add_argument("--hostfile", type=Path, metavar="FILE", help="machines, one `host slots=N` a line")
-            one.add_argument("--mpi", metavar="TYPE", default="pmi2", help="srun's --mpi for MPI jobs (default: pmi2)")
+        if name in ("evaluate", "shards"):
+            one.add_argument("--mpi", metavar="TYPE", default="pmi2", help="srun's --mpi (default: pmi2)")
         if name == "evaluate":
             one.set_defaults(threads=None)  # it has --threads of its own, on which its bytes depend
         elif name != "tensorboard":

@@ -3,8 +3,8 @@
 # weak -> supervised -> merge -> continued -> evaluate -> report.
 #   slurm/pipeline.sh [--weak FILE] [--continued FILE] CONFIG BASE TEST_SHARDS OUT [--train.key value …]
 # CONFIG is the supervised stage's; weak and continued are left out where no FILE is given for them, and words after OUT
-# go to all trainings. OUT gets a folder for each stage, adapters/ with a link to what each has made,
-# evaluation/{base,adapters/…} and report.html. In the environment, for each kind of job:
+# go to all trainings. OUT gets a folder for each stage, evaluation/ with one for the base and each stage, and
+# report.html. In the environment, for each kind of job:
 #   TRAIN_SBATCH MERGE_SBATCH EVALUATE_SBATCH REPORT_SBATCH   options of sbatch, as in "--nodes=4 --time=12:00:00"
 #   MERGE_WORDS EVALUATE_WORDS                                words of the program (default: --method layerwise; none)
 set -eu
@@ -32,10 +32,10 @@ for file in ${weak:+"$weak"} "$config" ${continued:+"$continued"}; do
     "${launch%hpe-launch}cogvlm-hpe" train --config "$file" --model.base "$base" "$@" --check || fail "$file: see above; nothing was submitted"
 done
 case $out in *[[:space:]]*) fail "$out: name a folder without spaces" ;; esac
-mkdir -p "$out/adapters"
+mkdir -p "$out"
 out=$(cd "$out" && pwd)
 
-jobs= adapters= results=$out/evaluation/base
+jobs= from= last= systems="--with-base --name base" results=$out/evaluation/base
 # NAME OPTIONS PREDECESSORS SCRIPT WORDS…: the job's number is left in $id. Who waits for a failed one is cancelled.
 submit() {
     local name=$1 options=$2 after=$3
@@ -48,21 +48,17 @@ submit() {
     case $after in afterok:*) after="after ${after#afterok:}" ;; afternotok:*) after="only if one of them fails" ;; esac
     printf '%-20s job %-8s %s\n' "$name" "$id" "$after"
 }
-adapter() { # NAME FOLDER
-    ln -s "../$2" "$out/adapters/$1"
-    adapters="$adapters --adapter $out/adapters/$1"
-    results="$results $out/evaluation/adapters/$1"
-    from=$out/adapters/$1
-    last=$id
+made() { # NAME ADAPTER: what the last job leaves
+    from=$2 last=$id
+    systems="$systems --adapter $2 --name $1"
+    results="$results $out/evaluation/$1"
 }
-from= last=
 train() { # NAME CONFIG WORDS…
     local name=$1 file=$2
     shift 2
     submit "$name" "${TRAIN_SBATCH:-}" "${last:+afterok:$last}" "$here/train.sh" "$file" --run-dir "$out/$name" \
         --model.base "$base" ${from:+--adapter.init "$from"} "$@"
-    first=${first:-$id}
-    adapter "$name" "$name/last"
+    made "$name" "$out/$name/last"
 }
 
 [ -z "$weak" ] || train weak "$weak" "$@"
@@ -70,17 +66,13 @@ train supervised "$config" "$@"
 # shellcheck disable=SC2086
 submit merge "${MERGE_SBATCH:-}" "afterok:$last" "$here/merge.sh" \
     --base "$base" --adapter "$from" $merge_words --out "$out/merged"
-adapter merged merged
+made merged "$out/merged"
 [ -z "$continued" ] || train continued "$continued" "$@"
+# shellcheck disable=SC2086 # all systems at once: they share the base and what they all see of an image
+submit evaluate "${EVALUATE_SBATCH:-}" "afterok:$last" "$here/evaluate.sh" \
+    --model "$base" $systems --shards "$shards" ${EVALUATE_WORDS:-} --out "$out/evaluation"
 # shellcheck disable=SC2086
-submit evaluate-base "${EVALUATE_SBATCH:-}" "afterok:$first" "$here/evaluate.sh" \
-    --model "$base" --name base --shards "$shards" ${EVALUATE_WORDS:-} --out "$out/evaluation/base"
-judged=$id
-# shellcheck disable=SC2086 # all adapters at once: they share the base and what they all see of an image
-submit evaluate-adapters "${EVALUATE_SBATCH:-}" "afterok:$last" "$here/evaluate.sh" \
-    --model "$base" $adapters --shards "$shards" ${EVALUATE_WORDS:-} --out "$out/evaluation/adapters"
-# shellcheck disable=SC2086
-submit report "${REPORT_SBATCH:-}" "afterok:$judged:$id" "$here/report.sh" $results --out "$out"
+submit report "${REPORT_SBATCH:-}" "afterok:$id" "$here/report.sh" $results --out "$out"
 stages=${jobs# }
 # Slurm ends this one without a start where every stage succeeds.
 submit failed "${REPORT_SBATCH:-}" "afternotok:${stages// /?afternotok:}" --output="$out/FAILED.txt" "$here/failed.sh" $stages
