@@ -21,7 +21,7 @@ from tiny_model import write_tiny_model
 from tiny_source import TinySource
 
 from cogvlm_hpe import cli
-from cogvlm_hpe.evaluate import command, decode, reduce, repeats, unfinished
+from cogvlm_hpe.evaluate import command, decode, gallery, reduce, repeats, unfinished
 from cogvlm_hpe.evaluate.answer import Decoding
 from cogvlm_hpe.evaluate.card import write_card
 from cogvlm_hpe.evaluate.live import Totals
@@ -29,6 +29,7 @@ from cogvlm_hpe.evaluate.results import load_results
 from cogvlm_hpe.model.load import load, load_several
 from launcher.comm import Comm, single
 from launcher.errors import UsageError
+from shards.cache import FOLDER_VARIABLE
 from shards.index import open_set
 from shards.stream import read_all
 from shards.write import build
@@ -215,6 +216,19 @@ def test_a_rank_that_stands_still_is_named_and_its_share_judged_by_resume(
 def _end(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
+
+
+def test_a_set_elsewhere_is_judged_and_its_report_can_still_show_heads(
+    tmp_path: Path, judged: Judged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "cache"))
+    address = judged.shard_set.as_uri()
+    flags = ["--model", judged.model, "--tasks", "pose", "--limit", 3]
+    assert evaluate(*flags, "--shards", address, "--out", tmp_path / "there") == 0
+    assert evaluate(*flags, "--shards", judged.shard_set, "--out", tmp_path / "here") == 0
+    there, here = load_results([tmp_path / "there", tmp_path / "here"])
+    assert there.rows == here.rows and there.run["shards"] == address
+    assert len(gallery.heads([there])) == len(there.rows)
 
 
 def test_mistakes_end_with_one_line_and_leave_no_result(
