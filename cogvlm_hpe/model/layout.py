@@ -95,10 +95,16 @@ def _starts_in_rows(image: Tensor, lengths: Tensor, n_images: int) -> Tensor:
     return start
 
 
-def find_labels(labels_RL: Tensor, layout: BranchLayout) -> LabelLayout:
-    """Labels stand at their own tokens; each is predicted from the slot before. `layout` on the host."""
-    targets = labels_RL.cpu()[:, 1:]
+def find_labels(labels_RL: Tensor, mask_RL: Tensor, layout: BranchLayout) -> LabelLayout:
+    """Labels stand at their own tokens; each is predicted from the slot before. `layout` on the host.
+
+    Raises ValueError for a label on padding, or on a branch's first token, which no slot predicts.
+    """
+    labels, mask = labels_RL.cpu(), mask_RL.cpu().bool()
+    targets = labels[:, 1:]
     branch, step = (targets != IGNORE).nonzero(as_tuple=True)
+    if not bool(mask[branch, step + 1].all()) or bool((labels[:, 0] != IGNORE).any()):
+        raise ValueError("branch_labels: must be -100 on padding and on the first token of each branch")
     counts = torch.bincount(branch, minlength=len(targets))
     return LabelLayout(
         slot=layout.slot_of_token[branch, step],

@@ -234,29 +234,42 @@ class CogVLMForCausalLM(CogVLMPreTrainedModel, GenerationMixin):
                 input_ids, token_type_ids, attention_mask, pixel_values, labels, past_key_values, use_cache,
                 logits_to_keep,
             )  # fmt: skip
+        return self._branches(
+            pixel_values, image_index, branch_input_ids, branch_attention_mask, branch_labels, all_logits, watch
+        )
+
+    def _branches(
+        self,
+        pixel_values: Tensor | None,
+        image_index: Tensor | None,
+        ids: Tensor,
+        mask: Tensor | None,
+        labels: Tensor | None,
+        all_logits: bool,
+        watch: tuple[int, int] | None,
+    ) -> CogVLMOutput:
         if pixel_values is None or image_index is None:
             raise ValueError("branches need pixel_values and image_index")
-        for name, given in (("branch_attention_mask", branch_attention_mask), ("branch_labels", branch_labels)):
-            if given is not None and given.shape != branch_input_ids.shape:
-                wanted = tuple(branch_input_ids.shape)
-                raise ValueError(f"{name} {tuple(given.shape)}: must be as branch_input_ids {wanted}")
-        if image_index.shape != branch_input_ids.shape[:1]:
-            raise ValueError(f"image_index {tuple(image_index.shape)}: one image for each of {len(branch_input_ids)}")
-        mask = torch.ones_like(branch_input_ids) if branch_attention_mask is None else branch_attention_mask
+        for name, given in (("branch_attention_mask", mask), ("branch_labels", labels)):
+            if given is not None and given.shape != ids.shape:
+                raise ValueError(f"{name} {tuple(given.shape)}: must be as branch_input_ids {tuple(ids.shape)}")
+        if image_index.shape != ids.shape[:1]:
+            raise ValueError(f"image_index {tuple(image_index.shape)}: one image for each of {len(ids)}")
+        mask = torch.ones_like(ids) if mask is None else mask
         host = pack_branches(image_index, mask, len(pixel_values))
-        found = None if branch_labels is None else find_labels(branch_labels, host).to(self.device)
+        found = None if labels is None else find_labels(labels, mask, host).to(self.device)
         layout = host.to(self.device)
-        ids = branch_input_ids.to(self.device, non_blocking=True).flatten()[layout.token_of_slot]
+        packed = ids.to(self.device, non_blocking=True).flatten()[layout.token_of_slot]
         prefix = self.model.encode_prefix(pixel_values, adapted=self.adapter_scope == "all")
         kernel = packed_kernel(layout.branch_of_slot, prefix.tokens, self.dtype)
-        hidden, scores = self.model.run_branches(ids, layout.position, kernel, prefix, watch)
+        hidden, scores = self.model.run_branches(packed, layout.position, kernel, prefix, watch)
         output = CogVLMOutput(patches=prefix.patches, image_tokens=prefix.image_tokens)
         if scores is not None:
             output.watched = scores.transpose(1, 2).flatten(0, 1)[layout.slot_of_token].transpose(1, 2)
         if found is None or all_logits:
             output.logits = self.lm_head(hidden.flatten(0, 1)[layout.slot_of_token])
         if found is not None:
-            logits, output.loss, output.branch_losses = self._answer_loss(hidden, found, len(branch_input_ids))
+            logits, output.loss, output.branch_losses = self._answer_loss(hidden, found, len(ids))
             output.logits = logits if output.logits is None else output.logits
         return output
 

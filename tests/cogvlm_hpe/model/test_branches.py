@@ -168,6 +168,12 @@ def test_wrong_shapes_are_told_before_any_compute(model: CogVLMForCausalLM) -> N
         model(pixel_values=images(), image_index=torch.tensor([0, 2]), branch_input_ids=ids.expand(2, -1))
     with pytest.raises(ValueError, match="pixel_values"):
         model(pixel_values=images()[..., 1:], image_index=torch.tensor([0]), branch_input_ids=ids)
+    for labels, mask in (([[5, 6]], [[1, 1]]), ([[IGNORE, 6]], [[1, 0]])):
+        with pytest.raises(ValueError, match="branch_labels: must be -100 on padding and on the first"):
+            model(
+                pixel_values=images(), image_index=torch.tensor([0]), branch_input_ids=ids,
+                branch_attention_mask=torch.tensor(mask), branch_labels=torch.tensor(labels),
+            )  # fmt: skip
     with pytest.raises(ValueError, match="branch_attention_mask"):
         padded_left = torch.tensor([[0, 1]])
         one = torch.tensor([0])
