@@ -54,10 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--tasks", type=_tasks, default=list(TASKS), metavar="A,B", help=f"of {','.join(TASKS)} (default: all)")
     add("--workers", type=int, default=0, metavar="N", help="reader processes per rank (default: %(default)s)")
-    add(
-        "--threads", type=positive, default=1, metavar="N",
-        help="threads per rank; sums depend on it, so it is fixed (default: %(default)s)",
-    )  # fmt: skip
+    add("--threads", type=positive, default=1, metavar="N", help="of a rank; sums depend on it (default: %(default)s)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU per rank if there is one")
     add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on a GPU, else fp32")
     add("--tokenizer", type=Path, metavar="DIR", help="where neither the base nor the adapter knows it")
