@@ -9,7 +9,7 @@ from cogvlm_hpe.merge import dense, lowrank, methods, report, scope
 from cogvlm_hpe.merge.base import Base
 from cogvlm_hpe.merge.factors import Adapter, read_adapter, write_adapter, write_notes
 from cogvlm_hpe.merge.methods import Elementwise, LowRank, Merged
-from cogvlm_hpe.merge.settings import Settings
+from cogvlm_hpe.merge.settings import ELEMENTWISE, Settings
 from launcher.comm import Comm
 from launcher.errors import UserError
 from launcher.files import atomic_folder, write_json_atomic
@@ -44,7 +44,7 @@ def prepare(settings: Settings, comm: Comm) -> Job:
 
 
 def _check_scope(settings: Settings, adapter: Adapter) -> None:
-    scope_of = adapter.hpe.get(_SCOPE, "all")
+    scope_of = _scope_of(adapter)
     if settings.output == "adapter" or scope_of == "all":
         return
     if not settings.every_token:
@@ -52,6 +52,16 @@ def _check_scope(settings: Settings, adapter: Adapter) -> None:
             f"{adapter.path}: scope {scope_of}: works on {scope_of} tokens only, and weights change every token; "
             "keep --output adapter, or give --every-token to write what the change makes of the answers beside them"
         )
+    if settings.method in ELEMENTWISE:
+        raise UserError(
+            f"{adapter.path}: scope {scope_of}: what weights make of the answers is measured on an adapter, and "
+            f"--method {settings.method} has none; merge with --rank N first, then write that one's weights"
+        )
+
+
+def _scope_of(adapter: Adapter) -> str:
+    scope_of: str = adapter.hpe.get(_SCOPE, "all")
+    return scope_of
 
 
 def write(job: Job, comm: Comm) -> list[tuple[str, Merged, dict[str, float]]]:
@@ -103,7 +113,7 @@ def _fill(folder: Path, job: Job, merged: Merged, name: str) -> dict[str, float]
 
 def _write_dense(job: Job, merged: Merged, comm: Comm) -> tuple[str, Merged, dict[str, float]]:
     record = merged.record | {"output": job.settings.output}
-    if job.settings.every_token and comm.rank == 0:
+    if _scope_of(job.adapters[0]) != "all" and comm.rank == 0:
         record |= {
             "text_only_lost": scope.difference(job.base.path, job.adapters[0], methods.factors_of(merged.changes))
         }

@@ -181,6 +181,8 @@ def test_weights_cannot_say_text_only(tmp_path: Path, tiny_set: Callable[..., Pa
     adapter = make_cogvlm_adapter(tmp_path / "a", base, scope="text")
     with pytest.raises(UserError, match=r"scope text.*--output adapter.*--every-token"):
         merge(base, [adapter], tmp_path / "out", "--method", "cat", "--output", "hf")
+    with pytest.raises(UserError, match=r"--method ties has none; merge with --rank N first"):
+        merge(base, [adapter], tmp_path / "out", *TIES, "--output", "hf", "--every-token")
     out = merge(base, [adapter], tmp_path / "out", "--method", "cat", "--output", "hf", "--every-token")
     told = json.loads((out / "merge.json").read_text())["text_only_lost"]
     pixels, prompts = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0)), [[5, 9, 30], [7, 8]]
