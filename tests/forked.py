@@ -4,6 +4,7 @@ They are processes of their own, meet through gloo and can be killed and signall
 not DeepSpeed's launcher but `Ranks`, which ends all where one has failed.
 """
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -81,6 +82,7 @@ def _run(world: dict[str, str], said: Path, work: Callable[..., int | None], arg
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     os.environ.update(world)
+    gc.freeze()  # ZeRO-3's engine collects garbage: it need not look through all that was imported
     sys.exit(work(*arguments))
 
 
