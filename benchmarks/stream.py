@@ -6,8 +6,8 @@
   ceiling   that decoder alone, on bytes in memory, into the same memory again and again
 
 CPU is user + system time of the loop's process and its readers; each figure the least of alternating repeats, each in a
-fresh process, after a warm-up; without readers the least of twenty parts of them, which other work on the machine
-disturbs less.
+fresh process, after a warm-up; decoded without readers the least of twenty parts of them, which other work on the
+machine disturbs less.
 
 python benchmarks/stream.py [--samples 4000] [--decoded 320] [--repeats 2] [--workers 0,1,2] [--data DIR]
 
@@ -293,8 +293,8 @@ def measure(loader: str, folder: Path, mode: str, workers: int, samples: int) ->
 
     take(_WARM_UP[mode])
     family = [me, *me.children(recursive=True)]
-    # Readers work ahead, so with them only the whole tells what a sample costs.
-    parts = 1 if workers else _PARTS
+    # Readers work ahead, and raw loaders have bursts (a shard is opened, a buffer filled): there only the whole tells.
+    parts = _PARTS if mode == "decoded" and not workers else 1
     costs, taken, start_s = [], 0, time.perf_counter()
     for _ in range(parts):
         before, count = _cpu_s(family), take(samples // parts)
