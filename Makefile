@@ -17,10 +17,10 @@ help:
 demo: .venv/installed
 	$(BIN)/cogvlm-hpe demo
 
-# Two at a time: the slow ones spend half of their time waiting for the processes they start.
+# Two at a time: the slow ones spend half of their time waiting for the processes they start. A file stays on one of the two: its cases share models.
 test: lint
 	tests/install.sh
-	$(BIN)/python -m pytest -n 2 -m "not slurm"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slurm"
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
