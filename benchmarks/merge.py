@@ -168,7 +168,7 @@ model.save_pretrained(folder / "out", max_shard_size="300MB")
 """
 
 MERGEKIT = "import sys; from mergekit.scripts.merge_raw_pytorch import main; main(sys.argv[1:])"
-START = "import cogvlm_hpe.merge.writer, cogvlm_hpe.model.load, matplotlib.pyplot"
+START = "import cogvlm_hpe.merge.writer, matplotlib.figure"
 
 
 def ours(folder: Path, adapters: int, *flags: str) -> Used:
