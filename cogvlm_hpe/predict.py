@@ -24,8 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of predict."""
     add = parser.add_argument
     add(
-        "image", type=Path, nargs="+", metavar="IMAGE",
-        help="image (anything Pillow reads), folder of images, or video (needs the extra `video`)",
+        "image", type=Path, nargs="*", metavar="IMAGE",
+        help="image (anything Pillow reads), folder of images, or video (needs the extra `video`); "
+        "with --gradio: images that the page offers besides uploads",
     )  # fmt: skip
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument(
@@ -36,6 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--detect", nargs="?", const="head", metavar="EXPRESSION",
         help="let the model find the heads itself, by asking where the EXPRESSION is (default: head)",
     )  # fmt: skip
+    where.add_argument(
+        "--gradio", action="store_true",
+        help="show a page on this machine, where heads are boxed by clicks or found (needs the extra `gradio`)",
+    )  # fmt: skip
+    add("--port", type=int, default=7860, metavar="N", help="of the page; 0: any that is free (default: %(default)s)")
     add("--model", required=True, metavar="DIR", help="base folder, adapter folder (it names its base) or merged model")
     add("--adapter", type=Path, metavar="DIR", help="adapter to put on --model")
     add("--tokenizer", type=Path, metavar="DIR", help="where neither the base nor the adapter knows it")
@@ -57,8 +63,16 @@ def run(args: argparse.Namespace) -> int:
 
     Of several pictures one that cannot be read is named and left out, and the exit code is 1.
     """
+    if args.gradio:
+        if args.out is not None:
+            raise UsageError(f"--out {args.out}: the page of --gradio draws for itself; leave one of the two out")
+        from cogvlm_hpe import page
+
+        return page.run(args)
     from cogvlm_hpe import pictures
 
+    if not args.image:
+        raise UsageError("IMAGE: there is none; name images, folders or videos, or ask for the page with --gradio")
     if args.every < 1:
         raise UsageError(f"--every {args.every}: must be at least 1")
     boxes = [parse_box(text) for text in args.box] if args.box else None
@@ -158,9 +172,9 @@ def parse_box(text: str) -> "Box":
     try:
         x0, y0, x1, y1 = (float(part) for part in text.split(","))
     except ValueError:
-        raise UsageError(f"--box {text}: four numbers x0,y0,x1,y1 in pixels are needed, with commas between") from None
+        raise UsageError(f"box {text}: four numbers x0,y0,x1,y1 in pixels are needed, with commas between") from None
     if not (x0 < x1 and y0 < y1):
-        raise UsageError(f"--box {text}: x0 < x1 and y0 < y1 are needed; the corners are left-top and right-bottom")
+        raise UsageError(f"box {text}: x0 < x1 and y0 < y1 are needed; the corners are left-top and right-bottom")
     return (x0, y0, x1, y1)
 
 
@@ -169,13 +183,11 @@ def check_inside(box: "Box", width: int, height: int) -> None:
     x0, y0, x1, y1 = box
     if not (x0 >= 0 and y0 >= 0 and x1 <= width and y1 <= height):
         said = ",".join(f"{v:g}" for v in box)
-        raise UsageError(f"--box {said}: outside the image, which is {width} x {height} pixels; give a box within it")
+        raise UsageError(f"box {said}: outside the image, which is {width} x {height} pixels; give a box within it")
 
 
-def write_picture(path: Path, pixels: "np.ndarray", answers: list[dict[str, Any]]) -> None:
-    """The image with each box and, where there is a pose, its axes. Raises UserError where it cannot be written."""
-    from PIL import Image
-
+def draw(pixels: "np.ndarray", answers: list[dict[str, Any]]) -> "np.ndarray":
+    """(H, W, 3) uint8: the image with each box and, where there is a pose, its axes."""
     from cogvlm_hpe.draw import draw_pose
     from shards.draw import draw_box
     from shards.pose import rotation_from_pose
@@ -187,7 +199,14 @@ def write_picture(path: Path, pixels: "np.ndarray", answers: list[dict[str, Any]
         if readable:
             rotation = rotation_from_pose(answer["yaw"], answer["pitch"], answer["roll"])
             pixels = draw_pose(pixels, answer["box"], rotation)
+    return pixels
+
+
+def write_picture(path: Path, pixels: "np.ndarray", answers: list[dict[str, Any]]) -> None:
+    """The image, drawn on. Raises UserError where it cannot be written."""
+    from PIL import Image
+
     try:
-        Image.fromarray(pixels).save(path)
+        Image.fromarray(draw(pixels, answers)).save(path)
     except (OSError, ValueError) as error:
         raise UserError(f"--out {path}: cannot be written ({error})") from None
