@@ -9,7 +9,6 @@ import os
 import platform
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,13 +72,13 @@ class Unfinished:
             over.set()
 
     def _watch(self, timeout_s: float, over: threading.Event) -> None:
-        seen, moved_s = "", time.monotonic()
+        seen, polls = "", 0  # not by the clock: a job that was suspended has not stood still
         while not over.wait(timeout_s / _POLLS_PER_TIMEOUT):
-            states = _states(self.folder)
+            states, polls = _states(self.folder), polls + 1
             now = repr(states)
             if now != seen:
-                seen, moved_s = now, time.monotonic()
-            elif time.monotonic() - moved_s > timeout_s:
+                seen, polls = now, 0
+            elif polls > _POLLS_PER_TIMEOUT:
                 errors.leave(late(states, self._comm.size, timeout_s), errors.EXIT_FAILURE)
                 return
 

@@ -2,8 +2,10 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -41,3 +43,27 @@ def test_hung_rank_is_named(tmp_path: Path, silent: int, how: str, said: str) ->
     lines = [line for line in heard.splitlines() if line.startswith("no step for 2 s")]
     assert len(lines) == 1 and re.search(said, lines[0]) and f"rank {1 - silent} " not in lines[0]
     assert "launcher/comm.py" in (tmp_path / f"stacks-rank-{1 - silent}.txt").read_text()
+
+
+SUSPENDED = """
+import sys, time
+from pathlib import Path
+from launcher.comm import single
+from launcher.watchdog import Watchdog
+with Watchdog(single(), 3.0, Path(sys.argv[1])):
+    print("begun", flush=True)
+    for _ in range(10):
+        time.sleep(0.1)
+print("through")
+"""
+
+
+def test_a_suspended_job_was_not_silent(tmp_path: Path) -> None:
+    """As `scontrol suspend` does: stopped for longer than the timeout, then continued."""
+    process = subprocess.Popen([sys.executable, "-c", SUSPENDED, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(4)
+    process.send_signal(signal.SIGCONT)
+    assert process.communicate(timeout=60)[0] == "through\n"
+    assert process.returncode == 0 and not list(tmp_path.iterdir())
