@@ -2,6 +2,9 @@
 
 `OUT.unfinished/` lies beside the result and goes when that is complete: `job.json` says what is judged,
 `batch-NNNNNNNN.json` holds a batch's rows of each system, `rank-NNNN.json` how far a rank has come.
+
+A rank that is killed takes all others with it at once (MPICH sends SIGKILL, which nobody can answer), so who is who and
+how to go on is said before: MPICH then names host and process, Open MPI and srun the rank too.
 """
 
 import json
@@ -11,6 +14,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +54,7 @@ class Unfinished:
 
     def arrive(self, rounds: int) -> None:
         """This rank has done its part of so many rounds."""
-        state = {"rounds": rounds, "host": platform.node(), "pid": os.getpid(), "ranks": self._comm.size}
+        state = {"rounds": rounds, **_here(), "ranks": self._comm.size}
         write_json_atomic(self.folder / f"rank-{self._comm.rank:04d}.json", state)
 
     def remove(self) -> None:
@@ -83,10 +87,14 @@ class Unfinished:
                 return
 
 
-def begin(out: Path, job: dict[str, Any], resume: bool, comm: Comm, say: Callable[[str], None] = print) -> Unfinished:
+_say = partial(print, flush=True)  # what waits in a buffer is lost when the rank is killed
+
+
+def begin(out: Path, job: dict[str, Any], resume: bool, comm: Comm, say: Callable[[str], None] = _say) -> Unfinished:
     """All ranks. A new folder for `job`, or with `resume` the one that is there, with the batches done in it.
 
-    Raises UsageError where there is one and `resume` is not given, or where it is of another job.
+    Says what was found, and of several ranks which processes they are. Raises UsageError where there is one and
+    `resume` is not given, or where it is of another job.
     """
     folder = out.with_name(out.name + SUFFIX)
     done: list[int] = []
@@ -94,12 +102,22 @@ def begin(out: Path, job: dict[str, Any], resume: bool, comm: Comm, say: Callabl
         _check(folder, job, resume)
         done = [int(path.stem.partition("-")[2]) for path in folder.glob("batch-*.json")]
         if done:
-            say(f"resumed: {len(done)} batches were judged before; {behind(_states(folder))}")
+            states = _states(folder)
+            before = f" by {processes(states)}" if states else ""
+            say(f"resumed: {len(done)} batches were judged before{before}; {behind(states)}")
         for path in folder.glob("rank-*.json"):
             path.unlink()
     unfinished = Unfinished(folder, comm, comm.broadcast(done))
     unfinished.arrive(0)
+    everyone = comm.gather(_here())
+    if everyone is not None and comm.size > 1:
+        say(f"judged by {processes(dict(enumerate(everyone)))}")
+        say(f"batches are kept in {folder}; should a rank die, the same command with --resume judges only what is left")
     return unfinished
+
+
+def _here() -> dict[str, Any]:
+    return {"host": platform.node(), "pid": os.getpid()}
 
 
 def _check(folder: Path, job: dict[str, Any], resume: bool) -> None:
@@ -131,6 +149,13 @@ def late(states: dict[int, dict[str, Any]], ranks: int, timeout_s: float) -> str
     missing = [rank for rank in range(ranks) if rank not in states]
     who = f"{_counted(missing)}, not started" if missing else behind(states)
     return f"no rank has moved for {timeout_s:g} s; {who}; the same command with --resume judges only what is left"
+
+
+def processes(states: dict[int, dict[str, Any]]) -> str:
+    """Which process each rank is, as launchers name them: `rank 0 (host n2, pid 71), rank 1 (host n2, pid 72)`."""
+    named = [f"rank {rank} (host {state['host']}, pid {state['pid']})" for rank, state in states.items()]
+    more = f" and {len(named) - _NAMED} more (rank-NNNN.json)" if len(named) > _NAMED else ""
+    return ", ".join(named[:_NAMED]) + more
 
 
 def behind(states: dict[int, dict[str, Any]]) -> str:

@@ -4,12 +4,12 @@ import contextlib
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
 import time
 from argparse import ArgumentParser
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,25 +178,64 @@ def test_adapters_of_scope_text_share_the_work_on_images(judged: Judged, tmp_pat
     assert len(seen) == 4
 
 
-@pytest.mark.slow
-def test_a_rank_that_stands_still_is_named_and_its_share_judged_by_resume(
-    tmp_path: Path, judged: Judged, tiny_set: Callable[..., Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    shard_set = tiny_set(samples=60)
-    out, unfinished = tmp_path / "out", tmp_path / "out.unfinished"
-    flags = ["--model", judged.model, "--shards", shard_set, "--batch", 1, "--out", out]
+@pytest.fixture(scope="module")
+def sixty(judged: Judged, tmp_path_factory: pytest.TempPathFactory) -> Judged:
+    """A set of 60 images, and in `out` its result by one rank that nobody disturbed."""
+    place = tmp_path_factory.mktemp("sixty")
+    build(TinySource(samples=60), place / "set", single(), 20)
+    flags = ["--model", judged.model, "--shards", place / "set", "--batch", 1]
+    assert evaluate(*flags, "--out", place / "whole") == 0
+    return Judged(judged.model, place / "set", [], place / "whole")
+
+
+def harm_rank_1(flags: list[object], unfinished: Path, signal_number: int) -> tuple[int, int, str, str]:
+    """Two ranks, of which one is sent a signal once it works: exit code, that rank's pid, stdout, stderr."""
     words = [_MPIRUN, "-np", 2, sys.executable, "-m", "cogvlm_hpe", "evaluate", *flags, "--rank-timeout", 2]
-    process = subprocess.Popen([str(word) for word in words], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([str(word) for word in words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     state = unfinished / "rank-0001.json"
     while process.poll() is None and not (state.is_file() and list(unfinished.glob("batch-*.json"))):
         time.sleep(0.002)
-    stopped = json.loads(state.read_text())["pid"]
-    os.kill(stopped, signal.SIGSTOP)
+    harmed = json.loads(state.read_text())["pid"]
+    os.kill(harmed, signal_number)
     try:
-        said = process.communicate(timeout=120)[1]
+        out, error = process.communicate(timeout=120)
     finally:
-        _end(stopped)
-    assert process.returncode != 0 and f"last was rank 1 (host {platform.node()}, pid {stopped})" in said, said
+        _end(harmed)
+    return process.returncode, harmed, out, error
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_is_named_and_what_is_left_judged_by_resume(
+    tmp_path: Path, sixty: Judged, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, unfinished = tmp_path / "out", tmp_path / "out.unfinished"
+    flags = ["--model", sixty.model, "--shards", sixty.shard_set, "--batch", 1, "--out", out]
+    code, killed, said, error = harm_rank_1(flags, unfinished, signal.SIGKILL)
+    # MPICH's own words name the process, ours say which rank that is and how to go on.
+    assert code != 0 and not out.exists() and re.search(rf"PID {killed} RUNNING AT \S+", said + error), error
+    assert f"rank 1 (host {platform.node()}, pid {killed})" in said.splitlines()[0]
+    assert f"batches are kept in {unfinished}" in said and "--resume judges only what is left" in said
+    kept = len(list(unfinished.glob("batch-*.json")))
+    assert 0 < kept < 60, "rank 0 was ended, too"
+    capsys.readouterr()
+    assert evaluate(*flags, "--resume") == 0
+    again = capsys.readouterr().out
+    assert (
+        f"resumed: {kept} batches were judged before" in again
+        and f"rank 1 (host {platform.node()}, pid {killed})" in again
+    )
+    for name in SAME:
+        assert (out / name).read_bytes() == (sixty.out / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_a_rank_that_stands_still_is_named_and_its_share_judged_by_resume(
+    tmp_path: Path, sixty: Judged, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, unfinished = tmp_path / "out", tmp_path / "out.unfinished"
+    flags = ["--model", sixty.model, "--shards", sixty.shard_set, "--batch", 1, "--out", out]
+    code, stopped, _, said = harm_rank_1(flags, unfinished, signal.SIGSTOP)
+    assert code != 0 and f"last was rank 1 (host {platform.node()}, pid {stopped})" in said, said
     assert "--resume judges only what is left" in said and not out.exists()
     kept = {path.name: path.read_bytes() for path in unfinished.glob("batch-*.json")}
     assert 30 <= len(kept) < 60, "rank 0 waits for nobody before it has judged its half"
@@ -205,11 +244,10 @@ def test_a_rank_that_stands_still_is_named_and_its_share_judged_by_resume(
     capsys.readouterr()
     assert evaluate(*flags, "--resume") == 0
     again = capsys.readouterr().out
-    assert f"resumed: {len(kept)} batches were judged before; last was rank 1 (host" in again
+    assert f"resumed: {len(kept)} batches were judged before" in again and "; last was rank 1 (host" in again
     assert not unfinished.exists()
-    assert evaluate(*flags[:-1], tmp_path / "whole") == 0
     for name in SAME:
-        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+        assert (out / name).read_bytes() == (sixty.out / name).read_bytes(), name
     assert evaluate(*flags, "--resume") == 0  # nothing is left to do
 
 
