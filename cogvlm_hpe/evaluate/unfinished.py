@@ -12,7 +12,7 @@ import os
 import platform
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ SUFFIX = ".unfinished"
 _JOB = "job.json"
 _POLLS_PER_TIMEOUT = 20
 _NAMED = 8
+_say = partial(print, flush=True)  # what waits in a buffer is lost when the rank is killed
 
 
 class Unfinished:
@@ -63,17 +64,27 @@ class Unfinished:
 
     @contextmanager
     def watch(self, timeout_s: float) -> Iterator[None]:
-        """On rank 0 of several: end the job, and say whom it waited for, when no rank has moved for `timeout_s`."""
-        if self._comm.rank or self._comm.size == 1:
+        """All ranks. Say which process each of several is; end the job when no rank has moved for `timeout_s`, and say
+        whom it waited for.
+        """
+        if self._comm.size == 1:
             yield
             return
         over = threading.Event()
-        thread = threading.Thread(target=self._watch, args=(timeout_s, over), daemon=True)
-        thread.start()
+        if self._comm.rank == 0:
+            threading.Thread(target=self._watch, args=(timeout_s, over), daemon=True).start()
         try:
+            self._introduce()
             yield
         finally:
             over.set()
+
+    def _introduce(self) -> None:
+        everyone = self._comm.gather(_here())
+        if everyone is not None:
+            _say(f"judged by {processes(dict(enumerate(everyone)))}")
+            how = "should a rank die, the same command with --resume judges only what is left"
+            _say(f"batches are kept in {self.folder}; {how}")
 
     def _watch(self, timeout_s: float, over: threading.Event) -> None:
         seen, polls = "", 0  # not by the clock: a job that was suspended has not stood still
@@ -87,14 +98,10 @@ class Unfinished:
                 return
 
 
-_say = partial(print, flush=True)  # what waits in a buffer is lost when the rank is killed
-
-
-def begin(out: Path, job: dict[str, Any], resume: bool, comm: Comm, say: Callable[[str], None] = _say) -> Unfinished:
+def begin(out: Path, job: dict[str, Any], resume: bool, comm: Comm) -> Unfinished:
     """All ranks. A new folder for `job`, or with `resume` the one that is there, with the batches done in it.
 
-    Says what was found, and of several ranks which processes they are. Raises UsageError where there is one and
-    `resume` is not given, or where it is of another job.
+    Raises UsageError where there is one and `resume` is not given, or where it is of another job.
     """
     folder = out.with_name(out.name + SUFFIX)
     done: list[int] = []
@@ -104,15 +111,11 @@ def begin(out: Path, job: dict[str, Any], resume: bool, comm: Comm, say: Callabl
         if done:
             states = _states(folder)
             before = f" by {processes(states)}" if states else ""
-            say(f"resumed: {len(done)} batches were judged before{before}; {behind(states)}")
+            _say(f"resumed: {len(done)} batches were judged before{before}; {behind(states)}")
         for path in folder.glob("rank-*.json"):
             path.unlink()
     unfinished = Unfinished(folder, comm, comm.broadcast(done))
     unfinished.arrive(0)
-    everyone = comm.gather(_here())
-    if everyone is not None and comm.size > 1:
-        say(f"judged by {processes(dict(enumerate(everyone)))}")
-        say(f"batches are kept in {folder}; should a rank die, the same command with --resume judges only what is left")
     return unfinished
 
 
