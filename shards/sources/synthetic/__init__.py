@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from shards.write import Source
 
-DOMAINS = ("A", "B", "C")
+DOMAINS = ("A", "B", "C", "W")
 SPLITS = ("train", "val", "test", "base")
 DEFAULT_IMAGE_PX = 140
 
@@ -17,7 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--domain",
         choices=DOMAINS,
         default="A",
-        help="A: studio; B: other people, backgrounds, light and lens; C: dolls, a stress test (default: A)",
+        help="A: studio; B: other people, backgrounds, light and lens; C: dolls, a stress test; W: crowds, for weak "
+        "labels (default: A)",
     )
     parser.add_argument("--split", choices=SPLITS, default="train", help="no two share an identity (default: train)")
     parser.add_argument("--scenes", type=int, default=2000, metavar="N", help="number of images (default: 2000)")

@@ -16,8 +16,8 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True)
 class Domain:
-    """hfov_deg: horizontal field of view; camera_pitch_deg: mean and sigma, below 0 looks down; ambient, cast, noise
-    (sigma, 0..1) and jpeg_quality: ranges drawn from for each scene."""
+    """heads: how many a scene shows, each count with its odds; hfov_deg: horizontal field of view; camera_pitch_deg: mean
+    and sigma, below 0 looks down; cast, noise (sigma, 0..1) and jpeg_quality: ranges drawn from for each scene."""
 
     name: str
     identities: dict[str, int]
@@ -30,6 +30,7 @@ class Domain:
     cast: Range
     noise: Range
     jpeg_quality: tuple[int, int]
+    heads: tuple[tuple[int, float], ...] = ((1, 0.35), (2, 0.40), (3, 0.25))
 
 
 GROUP = 5
@@ -163,5 +164,20 @@ DOMAINS = {
         cast=(0.80, 1.10),
         noise=(0.01, 0.03),
         jpeg_quality=(60, 80),
+    ),
+    # Crowds in the studio, from above: for weak labels. Nothing of B's look, so that B stays another data set.
+    "W": Domain(
+        name="W",
+        identities=_IDENTITIES,
+        make_head=people.make_person,
+        shapes=words.SHAPES,
+        hfov_deg=(45.0, 60.0),
+        camera_pitch_deg=(-16.0, 12.0),
+        background=_studio,
+        light=_studio_light,
+        cast=(0.92, 1.06),
+        noise=(0.0, 0.02),
+        jpeg_quality=(60, 90),
+        heads=((3, 0.3), (4, 0.4), (5, 0.3)),
     ),
 }

@@ -16,8 +16,7 @@ Rng = np.random.Generator
 
 HEAD_HEIGHT_M = 0.235
 REFERENCE_PX = 112
-_HEAD_COUNTS, _HEAD_ODDS = (1, 2, 3), (0.35, 0.40, 0.25)
-_HEAD_PX = {1: (40.0, 62.0), 2: (36.0, 54.0), 3: (34.0, 43.0), 4: (28.0, 34.0)}
+_HEAD_PX = {1: (40.0, 62.0), 2: (36.0, 54.0), 3: (34.0, 43.0), 4: (28.0, 34.0), 5: (24.0, 30.0)}
 _SOLID_PX = (18.0, 36.0)
 _MANY_HEADS_PX = 224
 _LAYOUTS = 10
@@ -87,7 +86,8 @@ def compose(domain: Domain, split: str, rng: Rng, size_px: int, load: "HeadLoade
     subjects = identities(domain, split)
     first = int(rng.integers(len(subjects) // GROUP)) * GROUP
     group = f"{domain.name}-{split}-group{first // GROUP:03d}"
-    count = 4 if size_px >= _MANY_HEADS_PX and rng.random() < 0.15 else int(rng.choice(_HEAD_COUNTS, p=_HEAD_ODDS))
+    counts, odds = zip(*domain.heads, strict=True)
+    count = 4 if size_px >= _MANY_HEADS_PX and rng.random() < 0.15 else int(rng.choice(counts, p=odds))
     chosen = [subjects[first + k] for k in rng.choice(GROUP, count, replace=False)]
     half_view = np.radians(rng.uniform(*domain.hfov_deg)) / 2
     focal_px = size_px / 2 / float(np.tan(half_view))

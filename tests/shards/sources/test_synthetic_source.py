@@ -20,7 +20,7 @@ from shards.sources.synthetic.source import SyntheticSource, remake, scene_seed
 COUNT = 24
 
 
-@pytest.fixture(scope="module", params=["A", "B", "C"])
+@pytest.fixture(scope="module", params=["A", "B", "C", "W"])
 def source(request: pytest.FixtureRequest) -> SyntheticSource:
     return SyntheticSource(request.param, COUNT, seed=3, split="test")
 
