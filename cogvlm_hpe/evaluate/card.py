@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cogvlm_hpe.evaluate.reduce import headline
-from cogvlm_hpe.evaluate.report import markdown_table, replace_file
+from cogvlm_hpe.evaluate.rendering import markdown_table, replace_file
 from cogvlm_hpe.evaluate.results import CONSTANT, Result, score_table
 from launcher.errors import UserError
 

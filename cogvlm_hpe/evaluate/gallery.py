@@ -14,7 +14,7 @@ from cogvlm_hpe.evaluate.results import Result, by_set
 from cogvlm_hpe.evaluate.summary import ANGLES, Row
 
 _SIDE_PX, _QUALITY = 128, 80
-_EACH = 6  # of best, median, worst and spread; of each kind of answer that is no pose
+_EACH, _EACH_OF_MANY, _MANY = 6, 3, 12  # of best, median, worst, spread and each kind that is no pose; of many results
 _MOST_TEXT = 80
 
 
@@ -24,23 +24,24 @@ def heads(results: Sequence[Result]) -> list[dict[str, Any]]:
     Picked are, for each system, the best, the median and the worst heads, some of each kind of answer that is no pose,
     and some spread evenly over the set. A set whose images cannot be read any more is left out.
     """
-    entries = []
-    for group in by_set([result for result in results if "pose" in result.tasks]).values():
-        picked = [(result, row, why) for result in group for row, why in pick(result.pose_rows)]
+    entries, posed = [], [result for result in results if "pose" in result.tasks]
+    each = _EACH if len(posed) <= _MANY else _EACH_OF_MANY  # the page holds every picture
+    for group in by_set(posed).values():
+        picked = [(result, row, why) for result in group for row, why in pick(result.pose_rows, each)]
         images = read_images(group[0].run.get("shards"), {row["key"] for _, row, _ in picked})
         if images is not None:
             entries += [_entry(result, row, why, images[row["key"]]) for result, row, why in picked]
     return entries
 
 
-def pick(rows: Sequence[Row]) -> list[tuple[Row, str]]:
+def pick(rows: Sequence[Row], each: int = _EACH) -> list[tuple[Row, str]]:
     """(row, why it was picked), each row once."""
     valid = sorted((row for row in rows if row["errors"]), key=lambda row: (row["errors"]["geodesic"], row["id"]))
-    middle = max(0, len(valid) // 2 - _EACH // 2)
-    groups = [(valid[::-1][:_EACH], "worst"), (valid[:_EACH], "best"), (valid[middle : middle + _EACH], "median")]
+    middle = max(0, len(valid) // 2 - each // 2)
+    groups = [(valid[::-1][:each], "worst"), (valid[:each], "best"), (valid[middle : middle + each], "median")]
     for kind in dict.fromkeys(row["kind"] for row in rows if not row["errors"]):
-        groups.append(([row for row in rows if row["kind"] == kind and not row["errors"]][:_EACH], "no pose"))
-    spread = np.unique(np.linspace(0, len(rows) - 1, _EACH).astype(int)).tolist() if rows else []
+        groups.append(([row for row in rows if row["kind"] == kind and not row["errors"]][:each], "no pose"))
+    spread = np.unique(np.linspace(0, len(rows) - 1, each).astype(int)).tolist() if rows else []
     groups.append(([rows[i] for i in spread], "spread"))
     picked: dict[str, tuple[Row, str]] = {}
     for group, why in groups:
@@ -55,7 +56,7 @@ def _entry(result: Result, row: Row, why: str, image: np.ndarray) -> dict[str, A
     truth = [row["truth"][angle] for angle in ANGLES]
     return {
         "set": result.set_name,
-        "system": result.name,
+        "system": result.system,
         "id": row["id"],
         "kind": row["kind"],
         "why": why,

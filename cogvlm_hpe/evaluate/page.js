@@ -8,6 +8,7 @@
     yaw: (a, b) => Math.abs(a.truth[0]) - Math.abs(b.truth[0]),
     smallest: (a, b) => a.height - b.height,
   };
+  const MOST = 120;
   const FILTERS = ["set", "system", "kind", "why", "facing"];
 
   const make = (tag, text, parent) => {
@@ -44,9 +45,10 @@
       const chosen = heads.filter((head) =>
         FILTERS.every((name) => !selects[name].selectedIndex || head[name] === selects[name].value));
       chosen.sort(SORTS[selects.sort.value]);
-      count.textContent = `${chosen.length} of ${heads.length} heads`;
+      const cut = chosen.length > MOST ? `, the first ${MOST} are shown: choose above to see others` : "";
+      count.textContent = `${chosen.length} of ${heads.length} heads${cut}`;
       grid.replaceChildren();
-      for (const head of chosen) {
+      for (const head of chosen.slice(0, MOST)) {
         const figure = make("figure", "", grid), image = make("img", "", figure);
         image.src = head.image;
         image.alt = `${head.id}, ${head.system}`;
@@ -59,24 +61,41 @@
     show();
   }
 
-  // A click on a heading sorts by the number a cell begins with, or by its text; a second click turns the order.
+  // A click on a heading sorts by the number a cell begins with, or by its text; a second click turns the order. Cells
+  // without a number ("–") stay last either way.
   function sortable(table) {
-    const rows = [...table.rows].slice(1);
-    [...table.rows[0].cells].forEach((heading, column) => {
+    const headings = [...table.tHead.rows].at(-1).cells, rows = [...table.tBodies[0].rows];
+    [...headings].forEach((heading, column) => {
       heading.addEventListener("click", () => {
         const turn = heading.dataset.order === "up" ? -1 : 1;
-        for (const other of table.rows[0].cells) delete other.dataset.order;
+        for (const other of headings) delete other.dataset.order;
         heading.dataset.order = turn === 1 ? "up" : "down";
         const value = (row) => row.cells[column].textContent;
+        const numeric = rows.every((row) => value(row) === "–" || !Number.isNaN(parseFloat(value(row))));
         rows.sort((a, b) => {
           const [x, y] = [parseFloat(value(a)), parseFloat(value(b))];
-          return turn * (Number.isNaN(x) || Number.isNaN(y) ? value(a).localeCompare(value(b)) : x - y);
+          if (!numeric) return turn * value(a).localeCompare(value(b));
+          return Number.isNaN(x) || Number.isNaN(y) ? Number.isNaN(x) - Number.isNaN(y) : turn * (x - y);
         });
         rows.forEach((row) => row.parentNode.append(row));
       });
     });
   }
 
+  // Above a folded table: words that a row must hold to be shown.
+  function filterable(details) {
+    const label = make("label", "only rows with ", details), input = make("input", "", label);
+    const rows = [...details.querySelectorAll("tbody tr")], summary = details.querySelector("summary");
+    summary.after(label);
+    input.type = "search";
+    input.addEventListener("input", () => {
+      const words = input.value.toLowerCase().split(/\s+/);
+      for (const row of rows) row.hidden = !words.every((word) => row.textContent.toLowerCase().includes(word));
+      summary.textContent = `${rows.filter((row) => !row.hidden).length} of ${rows.length} rows`;
+    });
+  }
+
+  document.querySelectorAll("details").forEach(filterable);
   document.querySelectorAll("table").forEach(sortable);
   const data = document.getElementById("gallery-data");
   if (data) gallery(JSON.parse(data.textContent), document.getElementById("gallery"));

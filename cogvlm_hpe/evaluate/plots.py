@@ -9,6 +9,7 @@ import numpy as np
 from cogvlm_hpe.evaluate import metrics
 from cogvlm_hpe.evaluate.results import CONSTANT, Result, by_set
 from cogvlm_hpe.evaluate.summary import KINDS, Row, pose_triples
+from cogvlm_hpe.evaluate.systems import System
 from launcher.errors import UserError
 
 _KIND_COLOURS = {
@@ -20,21 +21,27 @@ _KIND_COLOURS = {
 }
 _GREY = "#999999"
 _MOST_SYSTEMS = 6
-_LABEL_CHARACTERS = 24
+_LABEL_CHARACTERS = 28
+_EXAMPLES_DEG = (5, 15, 30, 60, 90)
+_OBLIQUE = np.array([1.0, 1.0, 1.0]) / np.sqrt(3.0)
 
 
-def geodesic_bars(results: Sequence[Result]) -> bytes | None:
+def geodesic_bars(systems: Sequence[System]) -> bytes | None:
     """Mean geodesic error of each system and set with its 95 % interval, beside the constant pose."""
-    sets = _posed(results)
+    sets: dict[str, list[System]] = {}
+    for system in systems:
+        if system.has("pose"):
+            sets.setdefault(system.set_name, []).append(system)
     if not sets:
         return None
-    figure, axes = _row_of_axes(len(sets), height=1.6 + 0.45 * max(map(len, sets.values())))
+    names = list(dict.fromkeys(system.name for system in systems))
+    figure, axes = _row_of_axes(len(sets), height=1.6 + 0.35 * max(map(len, sets.values())))
     for axis, (name, group) in zip(axes, sets.items(), strict=True):
-        bars = [(result.name, result.tasks["pose"]["all"]["geodesic"]) for result in group]
-        bars.append((CONSTANT, group[0].tasks["pose"]["constant_pose"]["geodesic"]))
-        means = np.array([score["mean"] for _, score in bars])
-        spans = np.abs(np.array([score["ci95"] for _, score in bars]).T - means)
-        colours = [_colour(results, result) for result in group] + [_GREY]
+        bars = [(system.name, system.geodesic) for system in group]
+        bars.append((CONSTANT, metrics.Estimate(*_floor(group[0]), 0)))
+        means = np.array([score.mean for _, score in bars])
+        spans = np.abs(np.array([(score.low, score.high) for _, score in bars]).T - means)
+        colours = [_colour(names, system.name) for system in group] + [_GREY]
         axis.barh(range(len(bars)), means, xerr=spans, color=colours, capsize=3)
         axis.set_yticks(range(len(bars)), [_short(label) for label, _ in bars])
         axis.axvline(means[-1], color=_GREY, linestyle="--")
@@ -42,6 +49,11 @@ def geodesic_bars(results: Sequence[Result]) -> bytes | None:
         axis.set_title(name)
         axis.set_xlabel("mean geodesic error (deg), 95 % interval")
     return _png(figure)
+
+
+def _floor(system: System) -> tuple[float, float, float]:
+    score = system.runs[0].tasks["pose"]["constant_pose"]["geodesic"]
+    return (score["mean"], *score["ci95"])
 
 
 def error_by_yaw(results: Sequence[Result]) -> bytes | None:
@@ -59,14 +71,15 @@ def _error_by_bins(results: Sequence[Result], key: str, edges: Sequence[float], 
     if not sets:
         return None
     figure, axes = _row_of_axes(len(sets), height=3.4)
+    few = max(map(len, sets.values())) <= _MOST_SYSTEMS
     for axis, (name, group) in zip(axes, sets.items(), strict=True):
         for i, result in enumerate(group):
             bins = [b for b in result.tasks["pose"][key] if b["n"]]
             means = np.array([b["geodesic_mean"] for b in bins])
-            spans = np.abs(np.array([b["ci95"] for b in bins]).T - means)
-            centres = [(b["from"] + b["to"]) / 2 + i * edges[-1] / 180 for b in bins]  # so that bars stand apart
-            colour = _colour(results, result)
-            axis.errorbar(centres, means, yerr=spans, marker="o", capsize=3, color=colour, label=_short(result.name))
+            spans = np.abs(np.array([b["ci95"] for b in bins]).T - means) if few else None
+            aside = i * edges[-1] / 180 if few else 0.0  # so that the intervals stand apart
+            centres = [(b["from"] + b["to"]) / 2 + aside for b in bins]
+            axis.errorbar(centres, means, yerr=spans, marker="o", capsize=3, **_line(results, result))
         bins = [b for b in group[0].tasks["pose"][key] if b["n"]]
         centres = [(b["from"] + b["to"]) / 2 for b in bins]
         axis.plot(centres, [b["constant_pose"] for b in bins], "--", color=_GREY, label=CONSTANT)
@@ -75,7 +88,7 @@ def _error_by_bins(results: Sequence[Result], key: str, edges: Sequence[float], 
         axis.set_xlabel(label)
         axis.set_ylabel("mean geodesic error (deg)")
         axis.set_ylim(bottom=0)
-        axis.legend(fontsize=7)
+    _legend(figure, axes, few)
     return _png(figure)
 
 
@@ -87,20 +100,53 @@ def error_curves(results: Sequence[Result]) -> bytes | None:
     figure, axes = _row_of_axes(len(sets), height=3.4)
     for axis, (name, group) in zip(axes, sets.items(), strict=True):
         for result in group:
-            _curve(axis, result.geodesic_deg, label=_short(result.name), color=_colour(results, result))
+            _curve(axis, result.geodesic_deg, **_line(results, result))
         _curve(axis, group[0].constant_deg, label=CONSTANT, color=_GREY, linestyle="--")
         axis.set_title(name)
         axis.set_xlim(0, 180)
         axis.set_ylim(0, 1)
         axis.set_xlabel("geodesic error (deg)")
         axis.set_ylabel("share of heads below it")
-        axis.legend(fontsize=7)
+    _legend(figure, axes, max(map(len, sets.values())) <= _MOST_SYSTEMS)
     return _png(figure)
 
 
 def _curve(axis: Any, errors_deg: np.ndarray, **style: Any) -> None:
     ordered = np.sort(errors_deg)
     axis.step(np.concatenate([[0], ordered]), np.arange(len(ordered) + 1) / len(ordered), where="post", **style)
+
+
+def _legend(figure: Any, axes: Sequence[Any], inside: bool) -> None:
+    """In each part, or where many systems would hide it, once below."""
+    if inside:
+        for axis in axes:
+            axis.legend(fontsize=7)
+        return
+    named = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=4, fontsize=8)
+
+
+def error_examples(results: Sequence[Result]) -> bytes | None:
+    """One large head with its true axes and axes that are off by 5 to 90 degrees; None where no image can be read."""
+    from PIL import Image
+    from scipy.spatial.transform import Rotation
+
+    from cogvlm_hpe.draw import head_tile
+    from shards.draw import contact_sheet
+
+    for result in (result for group in _posed(results).values() for result in group[:1]):
+        row = min(result.pose_rows, key=lambda row: (abs(abs(row["truth"]["yaw"]) - 25) > 20, -row["head_height"]))
+        images = read_images(result.run.get("shards"), {row["key"]})
+        if images is None:
+            continue
+        truth = metrics.rotations(pose_triples([row], "truth"))[0]
+        turns = [truth @ Rotation.from_rotvec(np.radians(error) * _OBLIQUE).as_matrix() for error in _EXAMPLES_DEG]
+        tiles = [head_tile(images[row["key"]], row["box"], truth, turn, 220) for turn in turns]
+        file = io.BytesIO()
+        titles = [f"{error} degrees" for error in _EXAMPLES_DEG]
+        Image.fromarray(contact_sheet(tiles, titles, columns=len(tiles))).save(file, "PNG")
+        return file.getvalue()
+    return None
 
 
 def answer_formats(results: Sequence[Result]) -> bytes | None:
@@ -112,7 +158,7 @@ def answer_formats(results: Sequence[Result]) -> bytes | None:
     figure, axes = _row_of_axes(len(asked), height=2.0 + 0.35 * len(results))
     for axis, (task, title) in zip(axes, asked, strict=True):
         bars = [result for result in results if task in result.tasks]
-        labels = [f"{_short(result.name)}, {result.set_name}" for result in bars]
+        labels = [f"{_short(result.system)}, {result.set_name}" for result in bars]
         left = np.zeros(len(bars))
         for kind in KINDS:
             shares = np.array([result.tasks[task]["format"].get(kind, 0.0) for result in bars])
@@ -137,9 +183,12 @@ def head_sheet(group: Sequence[Result], heads: int) -> bytes | None:
 
     from shards.draw import contact_sheet
 
-    group = [result for result in group if "pose" in result.tasks][:_MOST_SYSTEMS]
+    group = [result for result in group if "pose" in result.tasks]
     if not group:
         return None
+    if len(group) > _MOST_SYSTEMS:
+        best = sorted(group, key=lambda result: result.tasks["pose"]["all"]["geodesic"]["mean"])[:_MOST_SYSTEMS]
+        group = [result for result in group if result in best]
     rows = group[0].pose_rows
     picked = [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, heads).astype(int))]
     images = read_images(group[0].run.get("shards"), {row["key"] for row in picked})
@@ -151,7 +200,7 @@ def head_sheet(group: Sequence[Result], heads: int) -> bytes | None:
         for result, known in zip(group, answers, strict=True):
             tile, title = _tile(images[row["key"]], row, known.get(row["id"]))
             tiles.append(tile)
-            titles.append(f"{result.name[:_LABEL_CHARACTERS]}: {title}")
+            titles.append(f"{_short(result.system)}: {title}")
     file = io.BytesIO()
     Image.fromarray(contact_sheet(tiles, titles, columns=len(group))).save(file, "PNG")
     return file.getvalue()
@@ -226,10 +275,16 @@ def _posed(results: Sequence[Result]) -> dict[str, list[Result]]:
     return by_set([result for result in results if "pose" in result.tasks])
 
 
-def _colour(results: Sequence[Result], result: Result) -> str:
-    """The same colour for a system in every panel."""
-    names = list(dict.fromkeys(other.name for other in results))
-    return f"C{names.index(result.name) % 10}"
+def _line(results: Sequence[Result], result: Result) -> dict[str, Any]:
+    """Name and colour of a system's line, the same in every part."""
+    names = list(dict.fromkeys(other.system for other in results))
+    return {"label": _short(result.system), "color": _colour(names, result.system)}
+
+
+def _colour(names: Sequence[str], name: str) -> Any:
+    from matplotlib import colormaps
+
+    return f"C{names.index(name)}" if len(names) <= 10 else colormaps["tab20"](names.index(name) % 20)
 
 
 def _short(label: str) -> str:
@@ -237,13 +292,18 @@ def _short(label: str) -> str:
 
 
 def _row_of_axes(count: int, height: float) -> tuple[Any, list[Any]]:
+    """A figure of `count` parts, two in a row, each `height` inches high."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, count, figsize=(5.4 * count, max(2.6, height)), squeeze=False, layout="constrained")
-    return figure, list(axes[0])
+    columns, lines = min(2, count), -(-count // 2)
+    size = (5.4 * columns, max(2.6, height) * lines)
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+    for empty in axes.flat[count:]:
+        empty.set_axis_off()
+    return figure, list(axes.flat[:count])
 
 
 def _png(figure: Any) -> bytes:

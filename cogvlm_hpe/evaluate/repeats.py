@@ -7,7 +7,8 @@ all that follows it may. Numbers of one result do not depend on ranks, so two re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cogvlm_hpe.evaluate.results import Result, by_set, compare, difference
+from cogvlm_hpe.evaluate.results import Result, by_set
+from cogvlm_hpe.evaluate.systems import System, compare, difference
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ def table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
             before = first.setdefault(_judged(result), result)
             found = flips(result, before) if before is not result else None
             if found is not None:
-                changed = difference(compare(result, before)) if "pose" in result.tasks else "–"
+                pair = (System(one.name, (one,)) for one in (result, before))
+                changed = difference(compare(*pair)) if "pose" in result.tasks else "–"
                 cells = [str(found.asked), str(found.texts), str(found.kinds)]
                 rows.append([name, before.name, result.name, _how(before, result), *cells, changed])
     return ["set", "judged", "and again", "with", "questions", "other text", "other kind", "pose"], rows

@@ -1,98 +1,90 @@
-"""Results as a page: one list of sections, written as Markdown with pictures beside it and as one HTML file."""
+"""What a report says about results: one list of sections in reading order, which `rendering` writes."""
 
-import base64
-import html
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 from cogvlm_hpe.evaluate import gallery, plots, repeats
+from cogvlm_hpe.evaluate.rendering import Section
 from cogvlm_hpe.evaluate.results import (
     CONSTANT,
     Result,
     by_set,
-    comparison_table,
     front_back_table,
     invalid_table,
     protocol_table,
     score_table,
     words_table,
 )
+from cogvlm_hpe.evaluate.systems import System, comparison_table, first_runs, in_order, in_short, overview, systems_of
 
-PICTURES = "report"
 HEADS = 6
 
 COLUMNS = {
     "set": "the images judged on; a set of a kind that training never saw shows how well a skill carries over",
     "system": "the model judged; the constant pose answers every head with the one pose that suits this set best",
     "heads": "heads asked about: every labelled head that is at least half visible",
-    "geodesic": "mean angle, in degrees, of the turn that takes the predicted head to the true one; 0 is perfect, "
-    "180 the worst; in brackets the 95 % interval from resampling images",
+    "geodesic": "the number that matters most: mean angle, in degrees, of the turn that takes the predicted head to "
+    "the true one; 0 is perfect, 180 the worst. In brackets the 95 % interval from resampling images; of a system that "
+    "was trained several times the mean ± standard deviation over seeds, and how many there are",
     "median": "half of the heads have a smaller geodesic error than this, in degrees",
-    "MAE yaw/pitch/roll": "mean absolute error in degrees over the three angles, then of each; near yaw ±90 pitch and "
-    "roll are ill-defined, so that they look worse than the picture is",
+    "MAE": "mean absolute error in degrees over yaw, pitch and roll: what papers print; near yaw ±90 pitch and roll "
+    "are ill-defined, so that it looks worse than the picture is",
+    "MAE yaw/pitch/roll": "the same, then of each angle",
     "grounding": "share of objects found: the answered box overlaps the true one by half or more (IoU ≥ 0.5); it "
     "shows what the model has forgotten while it learned poses",
     "wrong format": "share of pose questions answered by anything but a well-formed pose, and of box questions by "
     "anything but a box; none is left out: in the errors they count as the constant pose, and as objects not found",
     "blended": "share of answers that mix the formats of poses and boxes, for pose and for box questions",
 }
-_STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#222}"
-    "table{border-collapse:collapse;margin:1rem 0;font-size:14px}td,th{border:1px solid #ccc;padding:4px 8px;"
-    "text-align:left}th{background:#f3f3f3}img{max-width:100%}dt{font-weight:600}dd{margin:0 0 .4rem 1rem}"
-    "th{cursor:pointer}th[data-order=up]::after{content:' ▲'}th[data-order=down]::after{content:' ▼'}"
-    "label{margin-right:1rem}.heads{display:flex;flex-wrap:wrap;gap:10px;margin:1rem 0}figure{margin:0;width:150px;"
-    "font-size:12px}figure img{width:128px;height:128px;display:block}code{word-break:break-all}"
-)
 
 
-@dataclass(frozen=True)
-class Section:
-    """A heading with text, then a table, a list of terms or a picture."""
-
-    title: str
-    text: str = ""
-    table: tuple[list[str], list[list[str]]] | None = None
-    terms: dict[str, str] | None = None
-    picture: tuple[str, bytes] | None = None
-    gallery: list[dict[str, Any]] | None = None  # in the page only
-
-
-def sections(results: Sequence[Result]) -> list[Section]:
-    """What the report says, in reading order."""
+def sections(results: Sequence[Result], about: Mapping[str, str] | None = None) -> list[Section]:
+    """What the report says, in reading order. `about`: a sentence on each of some systems; those come first."""
+    results = in_order(results, about or {})
+    systems = systems_of(results)
+    shown = first_runs(systems)
     parts = [
-        Section(
-            "Scores",
-            "Each system read whole images and was asked, in words, for the pose of one head at a time and for the "
-            f"place of objects. The {CONSTANT} is a floor without any skill: it is fitted to the judged heads "
-            "themselves, so beating it clearly means that something was learned.",
-            table=score_table(results),
-        ),
+        Section("In short", terms=in_short(results)),
+        Section("Result", _RESULT, overview=overview(results, about)),
         Section("What the columns mean", terms=COLUMNS),
     ]
+    parts += _picture("What an error looks like", "errors", _ERRORS, plots.error_examples(shown))
     headings, rows = comparison_table(results)
     if rows:
-        parts.append(
-            Section(
-                "Gain and forgetting, head by head",
-                "Every pair of systems: difference of the geodesic error in degrees on the same heads (negative is "
-                "better), and of the share of objects found (positive is better), with 95 % intervals from resampling "
-                "images. Comparing question by question is sharper than comparing two means with intervals of their "
-                "own; but of twenty pairs that do not differ, one looks as if it did.",
-                table=(headings, rows),
-            )
-        )
+        parts.append(Section("Gain and forgetting, head by head", _PAIRS, table=(headings, rows)))
+    parts += _pictures(shown, systems)
+    parts.append(Section("Every run", _RUNS, table=score_table(results)))
     for title, text, make in _TABLES:
-        headings, rows = make(results)
+        headings, rows = make(results if make is repeats.table else shown)
         if rows:
             parts.append(Section(title, text, table=(headings, rows)))
-    parts += _pictures(results)
-    shown = gallery.heads(results)
-    if shown:
-        parts.append(Section("Gallery", _GALLERY, gallery=shown))
+    heads = gallery.heads(shown)
+    if heads:
+        parts.append(Section("Gallery", _GALLERY, gallery=heads))
     return [*parts, _provenance(results)]
+
+
+_RESULT = (
+    "A row is a system, and beside it stand the sets of images it was judged on. It read whole images (a network on "
+    "crops: heads cut out) and was asked for the pose of one head at a time, and for the place of objects. Look at "
+    "geodesic first: small is good. Then at grounding: it should be no smaller than before poses were learned. The "
+    f"best number of a column is marked. The {CONSTANT} is a floor without any skill, fitted to the judged heads "
+    "themselves, so beating it clearly means that something was learned."
+)
+_ERRORS = (
+    "One head with its true axes (solid) and, dashed, axes that are off by so many degrees: red to the side, green "
+    "down, blue out of the face."
+)
+_PAIRS = (
+    "Difference of the geodesic error in degrees on the same heads (negative is better), and of the share of objects "
+    "found (positive is better), with 95 % intervals from resampling images; of several seeds the mean of each head. "
+    "Of up to five systems every pair, of more each against the first and against the best. Comparing question by "
+    "question is sharper than comparing two means with intervals of their own; but of twenty pairs that do not "
+    "differ, one looks as if it did."
+)
+_RUNS = (
+    "The same numbers run by run, each with the interval from resampling images. The tables below this one, the "
+    "curves and the heads are of one run of each system: that of the smallest seed."
+)
 
 
 _TABLES: tuple[tuple[str, str, Callable[[Sequence[Result]], tuple[list[str], list[list[str]]]]], ...] = (
@@ -129,46 +121,48 @@ _GALLERY = (
 )
 
 
-def _pictures(results: Sequence[Result]) -> list[Section]:
-    drawn: list[tuple[str, str, str, Callable[[Sequence[Result]], bytes | None]]] = [
-        ("Mean error", "geodesic", "Short bars are good; the dashed line is the constant pose.", plots.geodesic_bars),
-        (
-            "Error by direction",
-            "by-yaw",
-            "Left: heads that face the camera; right: heads seen from behind. The numbers are heads per bin.",
-            plots.error_by_yaw,
-        ),
-        ("Error by size", "by-size", "Left: small heads, far away; right: large ones.", plots.error_by_size),
-        ("Spread of the error", "curves", "The higher and further left a curve, the better.", plots.error_curves),
-        (
-            "Threshold of the merge",
-            "sweep",
-            "Layer-based merges by their similarity threshold, with 95 % bands: pose error on the left axis (low is "
-            "good), objects found on the right one (high is good).",
-            plots.merge_sweep,
-        ),
-        (
-            "Answer formats",
-            "formats",
-            "A pose question should be answered by a pose and a box question by a box. Red: both formats mixed in one "
-            "answer, which is what a bad merge does.",
-            plots.answer_formats,
-        ),
-    ]
-    parts = []
-    for title, name, text, draw in drawn:
-        png = draw(results)
-        if png:
-            parts.append(Section(title, text, picture=(name, png)))
+def _picture(title: str, name: str, text: str, png: bytes | None) -> list[Section]:
+    return [Section(title, text, picture=(name, png))] if png else []
+
+
+def _pictures(results: Sequence[Result], systems: Sequence[System]) -> list[Section]:
+    parts = _picture("Mean error", "geodesic", _BARS, plots.geodesic_bars(systems))
+    for title, name, text, draw in _PICTURES:
+        parts += _picture(title, name, text, draw(results))
     for number, (name, group) in enumerate(by_set(results).items()):
-        png = plots.head_sheet(group, HEADS)
-        if png:
-            text = (
-                "True axes solid, predicted axes dashed with a white rim: red to the side, green down, blue out of the "
-                "face. Heads are spread evenly over the set, not chosen."
-            )
-            parts.append(Section(f"Heads of {name}", text, picture=(f"heads-{number}", png)))
+        parts += _picture(f"Heads of {name}", f"heads-{number}", _HEADS, plots.head_sheet(group, HEADS))
     return parts
+
+
+_BARS = "Short bars are good; the dashed line is the constant pose."
+_HEADS = (
+    "True axes solid, predicted axes dashed with a white rim: red to the side, green down, blue out of the face. Heads "
+    "are spread evenly over the set, not chosen; of more than six systems, those with the smallest error."
+)
+_PICTURES: tuple[tuple[str, str, str, Callable[[Sequence[Result]], bytes | None]], ...] = (
+    (
+        "Error by direction",
+        "by-yaw",
+        "Left: heads that face the camera; right: heads seen from behind. The numbers are heads per bin.",
+        plots.error_by_yaw,
+    ),
+    ("Error by size", "by-size", "Left: small heads, far away; right: large ones.", plots.error_by_size),
+    ("Spread of the error", "curves", "The higher and further left a curve, the better.", plots.error_curves),
+    (
+        "Threshold of the merge",
+        "sweep",
+        "Layer-based merges by their similarity threshold, with 95 % bands: pose error on the left axis (low is "
+        "good), objects found on the right one (high is good).",
+        plots.merge_sweep,
+    ),
+    (
+        "Answer formats",
+        "formats",
+        "A pose question should be answered by a pose and a box question by a box. Red: both formats mixed in one "
+        "answer, which is what a bad merge does.",
+        plots.answer_formats,
+    ),
+)
 
 
 def _provenance(results: Sequence[Result]) -> Section:
@@ -180,73 +174,3 @@ def _provenance(results: Sequence[Result]) -> Section:
     return Section(
         "Where it comes from", table=(["set", "system", "started", "images", "dtype", "ranks", "folder"], rows)
     )
-
-
-def markdown(parts: Sequence[Section]) -> str:
-    """report.md; pictures are files in the folder `report/` beside it."""
-    blocks = ["# Head pose report"]
-    for part in parts:
-        if part.gallery:
-            continue
-        blocks.append(f"## {part.title}")
-        if part.text:
-            blocks.append(part.text)
-        if part.terms:
-            blocks.append("\n".join(f"- **{term}**: {meaning}" for term, meaning in part.terms.items()))
-        if part.table:
-            blocks.append(markdown_table(*part.table))
-        if part.picture:
-            blocks.append(f"![{part.title}]({PICTURES}/{part.picture[0]}.png)")
-    return "\n\n".join(blocks) + "\n"
-
-
-def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose cells may hold anything."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def page(parts: Sequence[Section]) -> str:
-    """report.html, with its pictures inside."""
-    blocks = ["<h1>Head pose report</h1>"]
-    for part in parts:
-        blocks.append(f"<h2>{html.escape(part.title)}</h2>")
-        if part.text:
-            blocks.append(f"<p>{html.escape(part.text)}</p>")
-        if part.terms:
-            terms = (f"<dt>{html.escape(t)}</dt><dd>{html.escape(m)}</dd>" for t, m in part.terms.items())
-            blocks.append(f"<dl>{''.join(terms)}</dl>")
-        if part.table:
-            heads, rows = part.table
-            lines = ["".join(f"<th>{html.escape(h)}</th>" for h in heads)]
-            lines += ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
-            blocks.append("<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>")
-        if part.picture:
-            data = base64.b64encode(part.picture[1]).decode()
-            blocks.append(f'<img alt="{html.escape(part.title)}" src="data:image/png;base64,{data}">')
-        if part.gallery:
-            data = gallery.as_script(part.gallery)
-            blocks.append(f'<div id="gallery"></div><script type="application/json" id="gallery-data">{data}</script>')
-    blocks.append(f"<script>{Path(__file__).with_name('page.js').read_text(encoding='utf-8')}</script>")
-    body = "\n".join(blocks)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Head pose report</title>'
-        f"<style>{_STYLE}</style></head><body>\n{body}\n</body></html>\n"
-    )
-
-
-def write(parts: Sequence[Section], out: Path) -> None:
-    """report.md, report.html and report/*.png in `out`, which may exist; older ones are replaced."""
-    (out / PICTURES).mkdir(parents=True, exist_ok=True)
-    for part in parts:
-        if part.picture:
-            (out / PICTURES / f"{part.picture[0]}.png").write_bytes(part.picture[1])
-    replace_file(out / "report.md", markdown(parts))
-    replace_file(out / "report.html", page(parts))
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a file that is seen whole or as it was before."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -1,6 +1,7 @@
-"""Result folders side by side: the rows of the report's tables, and paired comparisons between systems."""
+"""Result folders side by side, and the rows of the report's tables about them."""
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,29 +11,43 @@ from typing import Any
 import numpy as np
 
 from cogvlm_hpe.evaluate import metrics
-from cogvlm_hpe.evaluate.metrics import Array, Estimate
+from cogvlm_hpe.evaluate.metrics import Array
 from cogvlm_hpe.evaluate.reduce import METRICS, PREDICTIONS, RUN
-from cogvlm_hpe.evaluate.summary import ANGLES, IOU_HIT, KINDS, Row, charged_triples, pose_triples
+from cogvlm_hpe.evaluate.summary import ANGLES, KINDS, Row, charged_triples, pose_triples
 from launcher.errors import UserError
 
 CONSTANT = "constant pose"
 WORDS = ("what", "facing", "tags")
 """Tasks answered in words."""
 _EXAMPLE, _EXAMPLES = 48, 3
+_SEED = re.compile(r"(.+?)[\s,_-]+seed[\s_-]*(\d+)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Result:
-    """One evaluation: a system on a set. `name` is unique among the results on that set."""
+    """One evaluation: a system on a set. `name` is unique among the results on that set, `label` names the set."""
 
     folder: Path
     name: str
     metrics: dict[str, Any]
+    label: str = ""
 
     @property
     def set_name(self) -> str:
-        """Name of the set it was judged on."""
-        return str(self.metrics["set"]["name"])
+        """The set it was judged on: its name, with split and number of images where another set shares it."""
+        return self.label or str(self.metrics["set"]["name"])
+
+    @property
+    def system(self) -> str:
+        """The name without the seed: what all runs of one system share."""
+        found = _SEED.fullmatch(self.name)
+        return found[1] if found else self.name
+
+    @property
+    def seed(self) -> int | None:
+        """Of a name that ends in `seed N`, that number."""
+        found = _SEED.fullmatch(self.name)
+        return int(found[2]) if found else None
 
     @property
     def tasks(self) -> dict[str, Any]:
@@ -58,7 +73,11 @@ class Result:
     @cached_property
     def pose_rows(self) -> list[Row]:
         """The rows of pose questions, in key order. Raises UserError where the file is damaged."""
-        return [row for row in self.rows if row["task"] == "pose"]
+        return self.rows_of("pose")
+
+    def rows_of(self, task: str) -> list[Row]:
+        """The rows of one task's questions, in key order. Raises UserError where the file is damaged."""
+        return [row for row in self.rows if row["task"] == task]
 
     @cached_property
     def geodesic_deg(self) -> Array:
@@ -104,7 +123,7 @@ def load_results(folders: Iterable[Path]) -> list[Result]:
             )
         known = {result.folder for result in results}
         results += [_load(place) for place in (path.resolve() for path in found) if place not in known]
-    return _with_unique_names(results)
+    return _with_unique_names(_with_set_labels(results))
 
 
 def _load(folder: Path) -> Result:
@@ -117,16 +136,37 @@ def _load(folder: Path) -> Result:
         ) from None
 
 
-def _with_unique_names(results: list[Result]) -> list[Result]:
-    seen: dict[tuple[str, str], int] = {}
+def _with_set_labels(results: list[Result]) -> list[Result]:
+    """Two splits of one set, or two sizes of one split, are not the same images."""
+    known: dict[str, list[dict[str, Any]]] = {}
     for result in results:
-        seen[result.set_name, result.name] = seen.get((result.set_name, result.name), 0) + 1
-    return [
-        replace(result, name=f"{result.name} ({result.folder.parent.name}/{result.folder.name})")
-        if seen[result.set_name, result.name] > 1
-        else result
-        for result in results
-    ]
+        known.setdefault(result.set_name, []).append(result.metrics["set"])
+
+    def label(result: Result) -> str:
+        sets, own = known[result.set_name], result.metrics["set"]
+        splits, sizes = ({said.get(key) for said in sets} for key in ("split", "images"))
+        words = [result.set_name] + [str(own.get("split"))] * (len(splits) > 1)
+        same = {said.get("images") for said in sets if said.get("split") == own.get("split")}
+        return " ".join(words + [f"({own.get('images')} images)"] * (len(same) > 1 and len(sizes) > 1))
+
+    return [replace(result, label=label(result)) for result in results]
+
+
+def _with_unique_names(results: list[Result]) -> list[Result]:
+    """Results of one name on one set get the shortest tail of their folder, of at least two parts, that tells them."""
+    same: dict[tuple[str, str], list[Path]] = {}
+    for result in results:
+        same.setdefault((result.set_name, result.name), []).append(result.folder)
+
+    def name(result: Result) -> str:
+        folders = same[result.set_name, result.name]
+        if len(folders) == 1:
+            return result.name
+        depths = range(2, 1 + max(len(folder.parts) for folder in folders))
+        depth = next(d for d in depths if len({folder.parts[-d:] for folder in folders}) == len(folders))
+        return f"{result.name} ({'/'.join(result.folder.parts[-depth:])})"
+
+    return [replace(result, name=name(result)) for result in results]
 
 
 def by_set(results: Sequence[Result]) -> dict[str, list[Result]]:
@@ -138,7 +178,7 @@ def by_set(results: Sequence[Result]) -> dict[str, list[Result]]:
 
 
 def score_table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows of the result table: for each set the constant pose, then every system."""
+    """Headings and rows: for each set the constant pose, then every run of every system."""
     heads = [
         "set",
         "system",
@@ -201,52 +241,6 @@ def _percent(share: float, interval: Sequence[float] | None = None) -> str:
     return text if interval is None else f"{text} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
 
 
-def compare(a: Result, b: Result | None) -> Estimate | None:
-    """Mean of a's geodesic error minus b's on the same heads, with its interval; `b` None: against the constant pose.
-
-    None where the two were not judged on the same heads.
-    """
-    groups = [row["key"] for row in a.pose_rows]
-    if b is None:
-        return metrics.paired_difference(a.geodesic_deg, a.constant_deg, groups)
-    if [row["id"] for row in a.pose_rows] != [row["id"] for row in b.pose_rows]:
-        return None
-    return metrics.paired_difference(a.geodesic_deg, b.geodesic_deg, groups)
-
-
-def forgotten(a: Result, b: Result) -> Estimate | None:
-    """Share of objects that a finds minus b's, on the same ones, with its interval; None where they differ."""
-    sides = [[row for row in result.rows if row["task"] == "where"] for result in (a, b)]
-    if not sides[0] or [row["id"] for row in sides[0]] != [row["id"] for row in sides[1]]:
-        return None
-    hits = [np.array([bool(row["errors"]) and row["errors"]["iou"] >= IOU_HIT for row in side]) for side in sides]
-    return metrics.paired_difference(hits[0], hits[1], [row["key"] for row in sides[0]])
-
-
-def comparison_table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows: each system against the constant pose and every system before it, gain beside forgetting."""
-    rows = []
-    for name, group in by_set(results).items():
-        posed = [result for result in group if "pose" in result.tasks]
-        for place, result in enumerate(posed):
-            rows.append([name, result.name, CONSTANT, difference(compare(result, None)), "–"])
-            for other in posed[:place]:
-                objects = forgotten(result, other)
-                lost = difference(objects, scale=100.0, unit=" %", better=1) if objects else "–"
-                rows.append([name, result.name, other.name, difference(compare(result, other)), lost])
-    return ["set", "system", "against", "pose", "grounding"], rows
-
-
-def difference(estimate: Estimate | None, scale: float = 1.0, unit: str = "", better: int = -1) -> str:
-    """`-5.2 [-7.0, -3.1]: better`; `better` is the sign that is."""
-    if estimate is None:
-        return "other heads"
-    mean, low, high = (scale * value for value in (estimate.mean, estimate.low, estimate.high))
-    sign = 1 if low > 0 else -1 if high < 0 else 0
-    verdict = "no clear difference" if not sign else "better" if sign == better else "worse"
-    return f"{mean:+.1f}{unit} [{low:+.1f}, {high:+.1f}]: {verdict}"
-
-
 def protocol_table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows: errors of valid answers as published numbers count them, and of all answers, with their n."""
     heads = ["set", "system", "protocol", "heads", "answered", "MAE", "yaw/pitch/roll", "MAEV", "MAE of all"]
@@ -292,7 +286,7 @@ def invalid_table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]
     rows = []
     for result in results:
         for task, wanted in (("pose", "pose"), ("where", "box")):
-            asked = [row for row in result.rows if row["task"] == task]
+            asked = result.rows_of(task)
             for kind in KINDS:
                 texts = [row["text"] for row in asked if row["kind"] == kind != wanted]
                 if texts:

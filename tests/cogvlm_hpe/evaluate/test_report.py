@@ -14,7 +14,8 @@ from PIL import Image
 from results_made import edit, make_result
 
 from cogvlm_hpe import cli
-from cogvlm_hpe.evaluate import gallery, plots, reduce, report, results
+from cogvlm_hpe.evaluate import gallery, plots, reduce, rendering, report, report_command, results, systems
+from cogvlm_hpe.evaluate.systems import System, systems_of
 from launcher.errors import UserError
 
 
@@ -33,30 +34,91 @@ def test_the_table_says_the_errors_that_were_made(runs: list[Path]) -> None:
 
 
 def test_every_column_is_explained() -> None:
-    assert set(results.score_table([])[0]) == set(report.COLUMNS)
+    assert {*results.score_table([])[0], *systems.COLUMNS} == set(report.COLUMNS)
+
+
+def renamed(run: Path, folder: Path, name: str) -> Path:
+    """A copy of a result under another system's name."""
+    shutil.copytree(run, folder)
+    edit(folder / "metrics.json", system=name)
+    return folder
+
+
+def test_a_row_for_each_system_and_columns_for_each_set(runs: list[Path], tmp_path: Path) -> None:
+    seeds = [renamed(runs[k], tmp_path / f"copy-{k}", f"poor, seed {2 + k}") for k in (0, 1)]
+    edit(runs[1] / "metrics.json", system="poor, seed 1")
+    about = {"poor": "what a bad | merge gives", "never judged": "said in vain"}
+    loaded = results.load_results([*runs[:2], *seeds, runs[2]])
+    assert [(result.system, result.seed) for result in loaded[1:4]] == [("poor", 1), ("poor", 2), ("poor", 3)]
+    table = systems.overview(systems.in_order(loaded, about), about)
+    assert table.sets == ["tiny-train", "tiny-test"] and len(table.headings) == 1 + 2 * len(systems.COLUMNS)
+    assert [row[0] for row in table.rows] == ["constant pose", "poor", "good"]
+    _, poor, good = table.rows
+    errors = [result.tasks["pose"]["all"]["geodesic"]["mean"] for result in loaded[1:4]]
+    assert poor[1] == f"{np.mean(errors):.1f} ± {np.std(errors, ddof=1):.1f} (3)" and poor[5] == "–"
+    assert poor[4] == f"{800 / 36 / 3:.1f} % ({800 / 36 / 3:.1f} blended)"
+    assert re.fullmatch(r"[\d.]+ \[[\d.]+, [\d.]+\]", good[1]) and (2, 1) in table.best and (1, 1) not in table.best
+    assert table.about[0].startswith("no model") and table.about[1:] == [about["poor"], ""]
+    parts = [rendering.Section("Result", overview=table)]
+    page, text = rendering.page(parts), rendering.markdown(parts)
+    assert page.count('<th colspan="4">') == 2 and "<p>what a bad | merge gives</p>" in page
+    assert "- **poor**: what a bad | merge gives" in text and f"| **{good[1]}** |" in text
+
+
+def test_many_systems_are_compared_with_the_first_and_the_best_and_still_drawn(
+    runs: list[Path], tmp_path: Path
+) -> None:
+    copies = [renamed(runs[1], tmp_path / f"many-{k}", f"system {k:02d}") for k in range(12)]
+    loaded = results.load_results([*copies, runs[0]])
+    _, rows = systems.comparison_table(loaded)
+    assert [row[1:3] for row in rows[:2]] == [["system 00", "constant pose"], ["system 00", "good"]]
+    assert [row[2] for row in rows[2:5]] == ["constant pose", "system 00", "good"]
+    assert len(rows) == 13 * 3 - 2
+    for draw in (plots.error_by_yaw, plots.error_curves, plots.answer_formats):
+        assert (draw(loaded) or b"").startswith(b"\x89PNG")
+    assert len({plots._colour([r.system for r in loaded], r.system) for r in loaded}) == 13
+
+
+def test_sentences_on_systems_come_from_a_file(runs: list[Path], tmp_path: Path) -> None:
+    file, out = tmp_path / "systems.yaml", tmp_path / "out"
+    file.write_text("poor: blends answers\n")
+    assert cli.main(["report", str(runs[1]), "--systems", str(file), "--out", str(out)]) == 0
+    assert "- **poor**: blends answers" in (out / "report.md").read_text()
+    for text, said in (("- poor", "must be `NAME: sentence`"), ("a: [", "cannot be read"), ("1: b", "put quotes")):
+        file.write_text(text)
+        with pytest.raises(UserError, match=said):
+            report_command.read_about(file)
+
+
+def test_two_splits_of_one_name_are_two_sets(runs: list[Path]) -> None:
+    for run, split, images in ((runs[0], "val", 24), (runs[1], "test", 24), (runs[2], "test", 10)):
+        edit(run / "metrics.json", set={"name": "synthetic-A", "split": split, "images": images})
+    names = [result.set_name for result in results.load_results(runs)]
+    assert names == ["synthetic-A val", "synthetic-A test (24 images)", "synthetic-A test (10 images)", "tiny-test"]
 
 
 def test_systems_are_compared_head_by_head(runs: list[Path]) -> None:
-    good, poor = results.load_results(runs[:2])
-    difference = results.compare(good, poor)
+    good, poor = systems_of(results.load_results(runs[:2]))
+    difference = systems.compare(good, poor)
     assert difference is not None and difference.high < 0
     assert difference.mean == pytest.approx(float((good.geodesic_deg - poor.geodesic_deg).mean()))
-    floor = results.compare(good, None)
+    floor = systems.compare(good, None)
     assert floor is not None and floor.high < 0
 
 
 def test_forgetting_stands_beside_the_gain(runs: list[Path]) -> None:
-    good, poor = results.load_results(runs[:2])
-    lost = results.forgotten(poor, good)
+    good, poor = systems_of(results.load_results(runs[:2]))
+    lost = systems.forgotten(poor, good)
     assert lost is not None and lost.mean == lost.low == lost.high == 0.0
     path = runs[1] / "predictions.jsonl"
     lines = [json.loads(line) for line in path.open()]
     for row in [row for row in lines if row["task"] == "where"][::2]:
         row["errors"] = None
     path.write_text("".join(json.dumps(row) + "\n" for row in lines))
-    lost = results.forgotten(results.load_results([runs[1]])[0], good)
+    [forgetful] = results.load_results([runs[1]])
+    lost = systems.forgotten(System("poor", (forgetful,)), good)
     assert lost is not None and lost.mean == pytest.approx(-0.5, abs=0.05) and lost.high < 0
-    headings, [*_, row] = results.comparison_table([good, results.load_results([runs[1]])[0]])
+    headings, [*_, row] = systems.comparison_table([*good.runs, forgetful])
     assert headings[-1].startswith("grounding") and row[-1].endswith("worse") and row[3].endswith("worse")
 
 
@@ -64,7 +126,7 @@ def test_every_pair_of_systems_is_compared(runs: list[Path], tmp_path: Path) -> 
     run = json.loads((runs[0] / "run.json").read_text())
     make_result(tmp_path / "middle", Path(run["shards"]), "middle", 20.0)
     loaded = results.load_results([*runs, tmp_path / "middle"])
-    headings, rows = results.comparison_table(loaded)
+    headings, rows = systems.comparison_table(loaded)
     pairs = [(row[1], row[2]) for row in rows if row[0] == "tiny-train"]
     floor = results.CONSTANT
     assert pairs == [
@@ -132,12 +194,14 @@ setTimeout(() => {
     select("sort", "best");
     setTimeout(() => {
       look();
-      const heading = document.querySelectorAll("table")[0].rows[0].cells[4];
+      const table = document.querySelectorAll("table")[0];
       for (const _ of [0, 1]) {
-        heading.click();
-        const rows = [...document.querySelectorAll("table")[0].rows].slice(1);
-        said.push(rows.map((row) => parseFloat(row.cells[4].textContent)));
+        table.tHead.rows[1].cells[1].click();
+        said.push([...table.tBodies[0].rows].map((row) => parseFloat(row.cells[1].textContent)));
       }
+      const input = document.querySelector("details input");
+      input.value = "POOR narrow"; input.dispatchEvent(new Event("input"));
+      said.push(document.querySelector("details summary").textContent);
       document.title = JSON.stringify(said);
     }, 50);
   }, 50);
@@ -161,7 +225,7 @@ def browse(page: Path, profile: Path, *flags: str, address: str = "") -> tuple[s
 )
 def test_a_browser_shows_filters_and_sorts_without_an_error(runs: list[Path], tmp_path: Path) -> None:
     loaded = results.load_results(runs)
-    report.write(report.sections(loaded), tmp_path / "out")
+    rendering.write(report.sections(loaded), tmp_path / "out")
     page, profile = tmp_path / "out" / "report.html", tmp_path / "profile"
     shot = f"--screenshot={tmp_path / 'shot.png'}"
     browse(page, profile, shot, "--window-size=1200,9000", "--hide-scrollbars")
@@ -179,7 +243,8 @@ def test_a_browser_shows_filters_and_sorts_without_an_error(runs: list[Path], tm
     assert said[:2] == [f"8 of {len(heads)} heads", 8] and "blended" in said[2]
     assert said[3:5] == [f"{len(heads)} of {len(heads)} heads", len(heads)]
     assert f"{min(head['error'] for head in heads if head['error'] is not None):.1f}°" in said[5]
-    up, down = said[6:]
+    up, down, left = said[6:]
+    assert left.startswith("2 of ")
     assert up == sorted(up) and down == up[::-1] and len(set(up)) > 2
     driven.write_text("<script>console.error('heard'); nothing()</script>")
     assert len(browse(driven, profile, "--dump-dom")[1]) == 2, "a page with two errors must be heard"
@@ -187,7 +252,7 @@ def test_a_browser_shows_filters_and_sorts_without_an_error(runs: list[Path], tm
 
 def test_systems_judged_on_different_heads_are_not_compared(runs: list[Path]) -> None:
     loaded = results.load_results(runs)
-    assert results.compare(loaded[0], loaded[2]) is None
+    assert systems.compare(*(System(one.name, (one,)) for one in (loaded[0], loaded[2]))) is None
 
 
 def test_the_report_is_whole_and_the_page_needs_no_other_file(
@@ -200,11 +265,11 @@ def test_the_report_is_whole_and_the_page_needs_no_other_file(
     assert "poor" in capsys.readouterr().out and "| good |" in (model / "README.md").read_text()
     markdown, page = (out / "report.md").read_text(), (out / "report.html").read_text()
     pictures = re.findall(r"\]\((report/[\w-]+\.png)\)", markdown)
-    assert len(pictures) == 7 and all((out / picture).is_file() for picture in pictures)
+    assert len(pictures) == 8 and all((out / picture).is_file() for picture in pictures)
     inlined = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     assert not re.search(r"https?://|@import|url\(", page)
     assert [base64.b64decode(data) for data in inlined] == [(out / picture).read_bytes() for picture in pictures]
-    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
     for text in (markdown, page):
         assert all(column in text for column in report.COLUMNS) and "Answers in words" in text
 
@@ -220,6 +285,10 @@ def test_two_results_of_one_name_are_told_apart(runs: list[Path], tmp_path: Path
     make_result(tmp_path / "again", Path(run["shards"]), "good", 20.0)
     names = [result.name for result in results.load_results([runs[0], tmp_path / "again", runs[2]])]
     assert names[:2] == ["good (runs/good-train)", f"good ({tmp_path.name}/again)"] and names[2] == "good"
+    for place in ("a/on/good", "b/on/good"):
+        shutil.copytree(runs[0], tmp_path / place)
+    names = [result.name for result in results.load_results([tmp_path / "a", tmp_path / "b"])]
+    assert names == ["good (a/on/good)", "good (b/on/good)"], "as many parts of the path as it takes"
 
 
 def test_a_set_that_has_gone_costs_only_its_picture(runs: list[Path], tmp_path: Path) -> None:
@@ -236,7 +305,8 @@ def test_a_result_without_poses_still_makes_a_report(tmp_path: Path) -> None:
     reduce.write_result(tmp_path / "a", [row], {"system": "s", "set": {"name": "t", "images": 1}}, {})
     parts = report.sections(results.load_results([tmp_path / "a"]))
     assert (
-        "100.0 %" in report.markdown(parts) and [p.title for p in parts].count("Gain and forgetting, head by head") == 0
+        "100.0 %" in rendering.markdown(parts)
+        and [p.title for p in parts].count("Gain and forgetting, head by head") == 0
     )
 
 
@@ -263,5 +333,5 @@ def test_names_cannot_break_the_page_or_the_table(runs: list[Path]) -> None:
     metrics = json.loads((runs[0] / "metrics.json").read_text())
     (runs[0] / "metrics.json").write_text(json.dumps(metrics | {"system": "<b>a|b"}))
     parts = report.sections(results.load_results([runs[0]]))
-    assert "&lt;b&gt;a|b" in report.page(parts) and "<b>a" not in report.page(parts)
-    assert "<b>a\\|b" in report.markdown(parts)
+    assert "&lt;b&gt;a|b" in rendering.page(parts) and "<b>a" not in rendering.page(parts)
+    assert "<b>a\\|b" in rendering.markdown(parts)
