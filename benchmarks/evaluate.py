@@ -8,7 +8,13 @@ python benchmarks/evaluate.py [--tokens 257] [--questions 1,4,8] [--images 2] [-
 CPU, float32, one thread a rank: hidden 512 x 8 layers, vocabulary 32,000, tower 256 x 4, random weights; every answer
 is 16 tokens long. Medians of alternating repeats; both ways must give the same text. The ranks judge a set of --set
 images with 1 to 8 heads each, 4 images a batch, dealt as the judge deals them; their time is that of the slowest, from
-the moment all have read the model. `dealt` is what the heads of the fullest rank allow: images differ, and so do ranks.
+the moment all have read the model. Two things bound what ranks can gain, whatever program they run:
+
+  dealt      the heads of the fullest rank: images differ, and so do ranks
+  machine    as many processes that know nothing of each other, each judging all that one rank alone judges: caches,
+             memory and clock are theirs in common
+
+The rest is ours: what ranks wait for each other, and the rows on their way to rank 0.
 """
 
 import argparse
@@ -144,38 +150,44 @@ class Crowd:
 
 
 def as_rank(args: argparse.Namespace) -> None:
-    """All ranks. Judge the set; rank 0 prints how long the slowest took."""
+    """All ranks. Judge the set, each its share or with --alone each all of it; rank 0 prints the slowest's seconds."""
     comm, shard_set = comms.mpi(), open_set(args.as_rank)
     loaded = make_model(args.tokens)
-    judge = partial(decode_all, [loaded], shard_set, comm, ["pose"], Decoding(ANSWER_TOKENS), batch=BATCH)
-    judge(limit=BATCH * comm.size)
+    own = comms.single() if args.alone else comm
+    judge = partial(decode_all, [loaded], shard_set, own, ["pose"], Decoding(ANSWER_TOKENS), batch=BATCH)
+    judge(limit=BATCH * own.size)
     comm.barrier()
     took_s = comm.max(seconds(judge))
     if comm.rank == 0:
         print(took_s)
 
 
+def timed(ranks: int, words: list[object]) -> float:
+    """Seconds that `ranks` processes of this program take for the set."""
+    start = [Path(sys.executable).with_name("mpirun"), "-np", ranks, sys.executable, __file__, *words]
+    # Without a stdin of its own mpirun stops where a background job may not read the terminal.
+    done = subprocess.run(
+        list(map(str, start)), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True
+    )  # fmt: skip
+    return float(done.stdout.split()[-1])
+
+
 def scale(args: argparse.Namespace) -> None:
-    """1 rank beside several, alternating."""
-    mpirun = Path(sys.executable).with_name("mpirun")
-    times: dict[int, list[float]] = {1: [], args.ranks: []}
+    """1 rank beside several, and beside as many on their own; alternating."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "crowd"
         build(Crowd(args.set), place, comms.single(), 16)
-        for _ in range(args.repeats):
-            for ranks, column in times.items():
-                words = [mpirun, "-np", ranks, sys.executable, __file__, "--tokens", args.tokens, "--as-rank", place]
-                # Without a stdin of its own mpirun stops where a background job may not read the terminal.
-                done = subprocess.run(
-                    list(map(str, words)), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True
-                )
-                column.append(float(done.stdout.split()[-1]))
+        words = ["--tokens", args.tokens, "--as-rank", place]
+        ways = ((1, words), (args.ranks, words), (args.ranks, [*words, "--alone"]))
+        times = [[timed(ranks, flags) for ranks, flags in ways] for _ in range(args.repeats)]
         heads = [open_set(place).n_heads[i] for i in open_set(place).key_order()]
-    one, many = (statistics.median(column) for column in times.values())
+    one, many, alone = (statistics.median(column) for column in zip(*times, strict=True))
     loads = [sum(heads[i] for batch in dealt for i in batch) for dealt in deal(len(heads), args.ranks)]
+    dealt, machine = sum(heads) / max(loads), args.ranks * one / alone
+    possible, reached = machine * dealt / args.ranks, one / many
+    print(f"1 rank {sum(heads) / one:.2f} heads/s, {args.ranks} ranks {sum(heads) / many:.2f} heads/s: {reached:.2f}x")
     print(
-        f"1 rank {sum(heads) / one:.2f} heads/s, {args.ranks} ranks {sum(heads) / many:.2f} heads/s: "
-        f"{one / many:.2f}x (dealt {sum(heads) / max(loads):.2f}x)"
+        f"dealt {dealt:.2f}x, machine {machine:.2f}x, both {possible:.2f}x: ranks reach {reached / possible:.0%} of it"
     )
 
 
@@ -195,6 +207,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--set", type=int, default=40, help="images that the ranks judge")
     parser.add_argument("--as-rank", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.as_rank:

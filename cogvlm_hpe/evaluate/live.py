@@ -1,5 +1,6 @@
 """Running totals over all ranks for the progress bar; the result itself never depends on them."""
 
+import time
 from collections import deque
 from collections.abc import Sequence
 
@@ -9,6 +10,7 @@ from cogvlm_hpe.evaluate.summary import ANGLES, IOU_HIT, Row
 from launcher.comm import Comm, Pending
 
 _FIELDS = ("images", "poses", "valid", "mae", "boxes", "hits")
+_POLL_S = 0.01
 
 
 class Totals:
@@ -38,7 +40,12 @@ class Totals:
         return self._take(wait=False)
 
     def finish(self) -> int:
-        """All ranks. Wait until every sum begun is known; how many more images that makes."""
+        """All ranks. Wait until every sum begun is known; how many more images that makes.
+
+        Asleep: MPI itself waits at full speed, which takes time from ranks on the same cores that still judge.
+        """
+        while self._under_way and not self._under_way[-1].ready():
+            time.sleep(_POLL_S)
         return self._take(wait=True)
 
     def _take(self, wait: bool) -> int:
