@@ -47,7 +47,7 @@ class RandomWeights:
     """Weights that exist only when they are read."""
 
     def __init__(self, folder: Path, config: CogVLMConfig) -> None:
-        self.folder, self.config = folder, config
+        self.folder, self.architecture = folder, config
         self._like = dict(empty_model(config, torch.bfloat16).named_parameters())
         self._some = torch.empty(2**22, dtype=torch.bfloat16).uniform_(-0.04, 0.04)
 

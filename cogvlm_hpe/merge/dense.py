@@ -153,7 +153,7 @@ def _finish_hf(weights: Weights, plan: "StateDictSplit", folder: Path) -> None:
 
 def _sat_form(weights: Weights, mp_size: int) -> Form:
     convert.check_mp(weights, mp_size)
-    config = sat.sat_config(weights.config, mp_size)
+    config = sat.sat_config(weights.architecture, mp_size)
 
     def job(mp_rank: int) -> Job:
         entries = convert.base_entries(weights, mp_rank, mp_size, set())

@@ -41,8 +41,15 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+_loading: list[str] = []  # transformers' modules that are being executed, one inside the other
+_due: list[str] = []
+
+
 class _Follower(MetaPathFinder):
-    """Imports ours right after transformers' modules, which it leaves to be found as ever."""
+    """Imports ours right after transformers' modules, which it leaves to be found as ever.
+
+    Where those import each other, ours wait for the outermost: they need all of its names.
+    """
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -54,8 +61,14 @@ class _Follower(MetaPathFinder):
         execute = spec.loader.exec_module
 
         def and_ours(module: ModuleType) -> None:
-            execute(module)
-            import_module(_FOLLOW[name])
+            _loading.append(name)
+            try:
+                execute(module)
+            finally:
+                _loading.remove(name)
+            _due.append(_FOLLOW[name])
+            while _due and not _loading:
+                import_module(_due.pop(0))
 
         spec.loader.exec_module = and_ours  # type: ignore[method-assign]
         return spec

@@ -13,7 +13,7 @@ from cogvlm_hpe.merge.base import Base, check_fingerprint
 from cogvlm_hpe.merge.factors import Factors, read_adapter, write_adapter
 from cogvlm_hpe.merge.methods import LowRank
 from cogvlm_hpe.model import sat
-from cogvlm_hpe.model.configuration import CogVLMConfig
+from cogvlm_hpe.model.architecture import KEYS
 from cogvlm_hpe.model.fingerprint import fingerprint_of
 from cogvlm_hpe.model.folders import ADAPTER_CONFIG, HF_CONFIG, SAT_CONFIG, base_of, is_adapter
 from cogvlm_hpe.model.pickled import Entry, save_entries
@@ -104,10 +104,9 @@ def write_hf(source: Source, out: Path, max_shard_bytes: int, alpha: float) -> N
 
 def hf_config(weights: Weights) -> dict[str, Any]:
     """All of our own keys, defaults too: the published code has other defaults."""
-    config = weights.config
-    value = {key: getattr(config, key) for key in CogVLMConfig.__annotations__ if hasattr(config, key)}
+    value = {key: getattr(weights.architecture, key) for key in KEYS}
     dtype = str(weights.dtype("lm_head.weight")).removeprefix("torch.")
-    return value | {"architectures": ["CogVLMForCausalLM"], "model_type": config.model_type, "torch_dtype": dtype}
+    return value | {"architectures": ["CogVLMForCausalLM"], "model_type": "cogvlm", "torch_dtype": dtype}
 
 
 def shard_plan(weights: Weights, max_shard_bytes: int) -> "StateDictSplit":
@@ -151,11 +150,12 @@ def _write_shards(weights: Weights, folder: Path, max_shard_bytes: int) -> None:
 
 
 def _rotary_names(weights: Weights) -> list[str]:
-    return sorted(f"model.layers.{n}.self_attn.rotary_emb.inv_freq" for n in range(weights.config.num_hidden_layers))
+    layers = range(weights.architecture.num_hidden_layers)
+    return sorted(f"model.layers.{n}.self_attn.rotary_emb.inv_freq" for n in layers)
 
 
 def _rotary_table(weights: Weights) -> torch.Tensor:
-    return sat.inv_freq(weights.config).to(weights.dtype("lm_head.weight"))
+    return sat.inv_freq(weights.architecture).to(weights.dtype("lm_head.weight"))
 
 
 def _taken(weights: Weights, name: str) -> torch.Tensor:
@@ -173,9 +173,9 @@ def write_sat(source: Source, out: Path, mp_size: int) -> None:
     weights, factors = source.weights, source.factors
     if factors and mp_size > 1:
         raise UsageError(f"--mp {mp_size} with an unmerged LoRA: SAT splits none; add --merge, or leave out --mp")
-    config = sat.sat_config(weights.config, mp_size)
+    config = sat.sat_config(weights.architecture, mp_size)
     check_mp(weights, mp_size)
-    pairs, lora_rank = pairs_of(factors, weights.config) if factors else ({}, 0)
+    pairs, lora_rank = pairs_of(factors, weights.architecture) if factors else ({}, 0)
     if factors:
         config |= {
             "model_class": "FineTuneTestCogVLMModel",
@@ -197,7 +197,7 @@ def write_sat(source: Source, out: Path, mp_size: int) -> None:
 
 def base_entries(weights: Weights, mp_rank: int, mp_size: int, adapted: set[str]) -> list[Entry]:
     """The tensors of one model-parallel file; `adapted` modules get the names they have below a LoRA."""
-    vocab = weights.config.vocab_size
+    vocab = weights.architecture.vocab_size
     table = _rotary_table(weights)
     entries = [Entry(sat.INV_FREQ, tuple(table.shape), table.dtype, lambda: table)]
     for name in weights.names():
@@ -225,7 +225,7 @@ def _lora_entries(pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]]) -> 
 
 def check_mp(weights: Weights, mp_size: int) -> None:
     """Raises UsageError where this model cannot be split over `mp_size` files."""
-    config, tower = weights.config, weights.config.vision_config
+    config, tower = weights.architecture, weights.architecture.vision_config
     sides = {
         "attention heads": config.num_attention_heads,
         "MLP columns": config.intermediate_size,

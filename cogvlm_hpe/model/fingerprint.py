@@ -33,7 +33,7 @@ def fingerprint_of(weights: Weights) -> str:
     """As `fingerprint`, of weights that are open already."""
     import torch
 
-    said = {key: getattr(weights.config, key) for key in _CONFIG_KEYS}
+    said = {key: getattr(weights.architecture, key) for key in _CONFIG_KEYS}
     digest = hashlib.sha256(json.dumps(said).encode())
     for name in weights.names():
         shape = weights.shape(name)

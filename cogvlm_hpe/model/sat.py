@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cogvlm_hpe.model.configuration import CogVLMConfig
+from cogvlm_hpe.model.architecture import Architecture
 from cogvlm_hpe.model.folders import SAT_CONFIG, read_json
 from launcher.errors import UserError
 
@@ -127,8 +127,8 @@ _VISION_FIXED = {
 _ROPE_THETA = 10000.0
 
 
-def read_sat_config(folder: Path) -> CogVLMConfig:
-    """model_config.json as a configuration of ours. Raises UserError where it describes another architecture."""
+def read_sat_config(folder: Path) -> Architecture:
+    """What model_config.json says of the model. Raises UserError where it describes another architecture."""
     path = folder / SAT_CONFIG
     value = read_json(path)
     vision = value.get("eva_args")
@@ -145,7 +145,7 @@ def read_sat_config(folder: Path) -> CogVLMConfig:
     return _config_from_sat(path, value, vision)
 
 
-def _config_from_sat(path: Path, value: dict[str, Any], vision: dict[str, Any]) -> CogVLMConfig:
+def _config_from_sat(path: Path, value: dict[str, Any], vision: dict[str, Any]) -> Architecture:
     size = vision["image_size"]
     sides = set(size) if isinstance(size, list) else {size}
     if len(sides) != 1:
@@ -153,11 +153,10 @@ def _config_from_sat(path: Path, value: dict[str, Any], vision: dict[str, Any]) 
     tower = {key: vision[sat] for key, sat in _VISION_KEYS.items()}
     tower |= {"image_size": sides.pop(), "layer_norm_eps": vision.get("layernorm_epsilon", _SAT_EPS)}
     value = {"inner_hidden_size": 4 * value["hidden_size"]} | value
-    config = CogVLMConfig(
+    config = Architecture(
         **{key: value[sat] for key, sat in _KEYS.items() if sat in value},
         rms_norm_eps=value.get("layernorm_epsilon", _SAT_EPS),
         vision_config=tower,
-        architectures=["CogVLMForCausalLM"],
     )
     given = value.get("image_length", _SAT_IMAGE_LENGTH)
     if given != config.image_tokens:
@@ -168,9 +167,9 @@ def _config_from_sat(path: Path, value: dict[str, Any], vision: dict[str, Any]) 
     return config
 
 
-def sat_config(config: CogVLMConfig, mp_size: int) -> dict[str, Any]:
+def sat_config(config: Architecture, mp_size: int) -> dict[str, Any]:
     """model_config.json for a configuration of ours. Raises UserError where SAT's CogVLM cannot express it."""
-    if getattr(config, "rope_theta", _ROPE_THETA) != _ROPE_THETA:
+    if config.rope_theta != _ROPE_THETA:
         raise UserError(f"rope_theta is {config.rope_theta}; SAT's CogVLM has {_ROPE_THETA:g} written in its code")
     tower = config.vision_config
     size, eps = tower["image_size"], tower["layer_norm_eps"]
@@ -186,7 +185,7 @@ def sat_config(config: CogVLMConfig, mp_size: int) -> dict[str, Any]:
     return value | {"eva_args": vision}
 
 
-def inv_freq(config: CogVLMConfig) -> Tensor:
+def inv_freq(config: Architecture) -> Tensor:
     """(head_dim / 2,) float32: the rotary table that both formats carry although it follows from the configuration."""
     head_dim = config.hidden_size // config.num_attention_heads
     return 1.0 / _ROPE_THETA ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)

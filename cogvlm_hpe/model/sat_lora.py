@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cogvlm_hpe.merge.factors import Adapter, Factor, Factors
-from cogvlm_hpe.model.configuration import CogVLMConfig
+from cogvlm_hpe.model.architecture import Architecture
 from launcher.errors import UserError
 
 Pairs = Mapping[str, list[tuple[Tensor, Tensor]]]
@@ -40,7 +40,7 @@ def factors_of(pairs: Pairs, alpha: float) -> dict[str, Factor]:
     return out
 
 
-def pairs_of(factors: Factors, config: CogVLMConfig) -> tuple[dict[str, list[tuple[Tensor, Tensor]]], int]:
+def pairs_of(factors: Factors, config: Architecture) -> tuple[dict[str, list[tuple[Tensor, Tensor]]], int]:
     """Factors as SAT's pairs, for every layer that SAT adapts, and their common rank r.
 
     Layers without a factor get zeros. SAT's code knows alpha = 1 only, so each factor's own scale goes into B, in
@@ -65,7 +65,7 @@ def pairs_of(factors: Factors, config: CogVLMConfig) -> tuple[dict[str, list[tup
     return out, rank
 
 
-def _homes(config: CogVLMConfig) -> dict[str, tuple[int, int, int]]:
+def _homes(config: Architecture) -> dict[str, tuple[int, int, int]]:
     """Module → (parts, n_out, n_in) of every linear layer that SAT's LoRA adapts."""
     towers = (
         (_LANGUAGE, config.num_hidden_layers, config.hidden_size),

@@ -10,19 +10,19 @@ from torch import Tensor
 from cogvlm_hpe.model.folders import SAT_CONFIG
 from cogvlm_hpe.model.sat import Rule, hf_module, hf_name, merge, merge_flat, read_sat_config, split_rule
 from cogvlm_hpe.model.unpickle import load_pickled
-from cogvlm_hpe.model.weights import drop_pages, state_dict
+from cogvlm_hpe.model.weights import WithConfig, drop_pages, state_dict
 from launcher.errors import UserError
 
 LATEST = "latest"
 _LORA = re.compile(r"(?P<module>.+)\.matrix_(?P<letter>[AB])\.(?P<part>\d+)")
 
 
-class SatWeights:
+class SatWeights(WithConfig):
     """A SAT folder under Hugging Face names; of an unmerged LoRA, the base, with the factors in `lora_parts`."""
 
     def __init__(self, folder: Path) -> None:
         """Map every model-parallel file. Raises UserError where one is missing, not whole or not CogVLM's."""
-        self.folder, self.config = folder, read_sat_config(folder)
+        self.folder, self.architecture = folder, read_sat_config(folder)
         files = _rank_files(folder)
         self._ranks = [_Module(path) for path in files]
         for path, rank in zip(files[1:], self._ranks[1:], strict=True):
@@ -32,7 +32,7 @@ class SatWeights:
 
     def _check_count(self, folder: Path) -> None:
         """The model-parallel size is what the shapes say: model_config.json is often wrong about it."""
-        head, words = self._ranks[0].base.get("lm_head.weight"), self.config.vocab_size
+        head, words = self._ranks[0].base.get("lm_head.weight"), self.architecture.vocab_size
         rows = len(head) if head is not None else 0
         if not rows or words % rows:
             raise UserError(f"{folder}: {rows} rows of lm_head do not divide the {words} words of {SAT_CONFIG}")
@@ -98,7 +98,7 @@ class SatWeights:
         return [rank.base[name] for rank in self._ranks]
 
     def _rule(self, name: str) -> Rule:
-        return split_rule(name, self.config.vocab_size)
+        return split_rule(name, self.architecture.vocab_size)
 
 
 class _Module:

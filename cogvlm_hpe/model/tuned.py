@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cogvlm_hpe.model.weights import Weights
+from cogvlm_hpe.model.weights import Weights, WithConfig
 from launcher.errors import UserError
 
 _BLOCK_ELEMENTS = 2**18  # 1 MiB of float32: stays in the cache from the change to the rounded weight
@@ -25,12 +25,12 @@ class Changes(Protocol):
         ...
 
 
-class TunedWeights:
+class TunedWeights(WithConfig):
     """A base with changes added as its tensors are read: float32, then rounded once to the base's dtype."""
 
     def __init__(self, base: Weights, changes: Changes) -> None:
         """Nothing is read before `read`."""
-        self.folder, self.config = base.folder, base.config
+        self.folder, self.architecture = base.folder, base.architecture
         self._base, self._changes = base, changes
         self._layers = set(changes.layers())
         self.losses: dict[str, float] = {}

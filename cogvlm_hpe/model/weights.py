@@ -5,16 +5,19 @@ import mmap
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cogvlm_hpe.model.configuration import CogVLMConfig
+from cogvlm_hpe.model.architecture import Architecture
 from cogvlm_hpe.model.folders import HF_CONFIG, SAT_CONFIG, read_json
 from cogvlm_hpe.model.unpickle import load_pickled
 from launcher.errors import UserError
+
+if TYPE_CHECKING:
+    from cogvlm_hpe.model.configuration import CogVLMConfig
 
 _INV_FREQ = "rotary_emb.inv_freq"
 _DTYPES = {
@@ -32,7 +35,12 @@ class Weights(Protocol):
     """What every format gives: names, shapes, and tensors one at a time."""
 
     folder: Path
-    config: CogVLMConfig
+    architecture: Architecture
+
+    @property
+    def config(self) -> "CogVLMConfig":
+        """As transformers wants it, anew each time."""
+        ...
 
     def names(self) -> list[str]:
         """Sorted; without the rotary tables (`rotary_emb.inv_freq`), which are computed."""
@@ -66,11 +74,11 @@ def open_weights(folder: Path) -> Weights:
     """
     folder = Path(folder)
     if (folder / HF_CONFIG).is_file():
-        config = read_config(folder)
+        architecture = read_architecture(folder)
         if found := _files(folder, "model*.safetensors", "model.safetensors.index.json"):
-            return SafetensorsWeights(folder, config, found)
+            return SafetensorsWeights(folder, architecture, found)
         if found := _files(folder, "pytorch_model*.bin", "pytorch_model.bin.index.json"):
-            return MappedWeights(folder, config, found)
+            return MappedWeights(folder, architecture, found)
         raise UserError(f"{folder}: no weights there (model*.safetensors or pytorch_model*.bin); copy them beside it")
     if (folder / SAT_CONFIG).is_file():
         from cogvlm_hpe.model.sat_weights import SatWeights
@@ -79,28 +87,53 @@ def open_weights(folder: Path) -> Weights:
     raise UserError(f"{folder}: no base model there; name a folder with {HF_CONFIG} or SAT's {SAT_CONFIG}")
 
 
-def read_config(folder: Path) -> CogVLMConfig:
-    """Configuration of a base folder in either form. Raises UserError."""
+class WithConfig:
+    """What is read of a folder beside its tensors."""
+
+    folder: Path
+
+    @property
+    def config(self) -> "CogVLMConfig":
+        """As transformers wants it, anew each time."""
+        return read_config(self.folder)
+
+
+def read_config(folder: Path) -> "CogVLMConfig":
+    """transformers' configuration of a base folder in either form. Raises UserError."""
+    from cogvlm_hpe.model.configuration import CogVLMConfig
+
+    if not (folder / HF_CONFIG).is_file():
+        return CogVLMConfig.from_dict(vars(read_architecture(folder)) | {"architectures": ["CogVLMForCausalLM"]})
+    value = _read_hf_config(folder)
+    return CogVLMConfig(**{key: v for key, v in value.items() if key not in ("auto_map", "model_type")})
+
+
+def read_architecture(folder: Path) -> Architecture:
+    """The model of a base folder in either form; without transformers. Raises UserError."""
     if not (folder / HF_CONFIG).is_file() and (folder / SAT_CONFIG).is_file():
         from cogvlm_hpe.model.sat import read_sat_config
 
         return read_sat_config(folder)
+    return Architecture.of(_read_hf_config(folder))
+
+
+def _read_hf_config(folder: Path) -> dict[str, Any]:
     value = read_json(folder / HF_CONFIG)
     # Files with a model_type are transformers 5's, which leaves out what is at its default.
     if not {"rms_norm_eps", "model_type"} & value.keys():
         warnings.warn(
-            f"{folder / HF_CONFIG}: no rms_norm_eps; took {CogVLMConfig.rms_norm_eps}, as CogVLM was trained",
-            stacklevel=2,
+            f"{folder / HF_CONFIG}: no rms_norm_eps; took {Architecture.rms_norm_eps}, as CogVLM was trained",
+            stacklevel=3,
         )
-    return CogVLMConfig(**{key: v for key, v in value.items() if key not in ("auto_map", "model_type")})
+    return value
 
 
-class SafetensorsWeights:
+class SafetensorsWeights(WithConfig):
     """Hugging Face form, safetensors; the files are mapped, and a tensor is a view of its file."""
 
-    def __init__(self, folder: Path, config: CogVLMConfig, files: list[Path]) -> None:
+    def __init__(self, folder: Path, architecture: Architecture, files: list[Path]) -> None:
         """Open every file and read its table. Raises UserError where one is missing or not whole."""
-        self.folder, self.config = folder, config
+        self.folder, self.architecture = folder, architecture
         self._file_of: dict[str, Any] = {}
         for path in files:
             try:
@@ -137,12 +170,12 @@ class SafetensorsWeights:
         drop_pages(self.read(name))
 
 
-class MappedWeights:
+class MappedWeights(WithConfig):
     """Hugging Face form, files written by torch.save; mapped too, unless they are older than torch 1.6."""
 
-    def __init__(self, folder: Path, config: CogVLMConfig, files: list[Path]) -> None:
+    def __init__(self, folder: Path, architecture: Architecture, files: list[Path]) -> None:
         """Map every file. Raises UserError where one is missing, not whole or not a state dict."""
-        self.folder, self.config = folder, config
+        self.folder, self.architecture = folder, architecture
         self._tensors: dict[str, Tensor] = {}
         for path in files:
             tensors = state_dict(path, load_pickled(path))

@@ -248,7 +248,7 @@ class _Lazy:
     """A base of some hundred MB that is made up as it is read."""
 
     def __init__(self, config: CogVLMConfig) -> None:
-        self.folder, self.config = Path("nowhere"), config
+        self.folder, self.architecture = Path("nowhere"), config
         with torch.device("meta"):
             model = CogVLMForCausalLM(config)
         self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

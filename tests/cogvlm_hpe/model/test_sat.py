@@ -18,7 +18,7 @@ from cogvlm_hpe.model.fingerprint import fingerprint
 from cogvlm_hpe.model.modeling import CogVLMForCausalLM
 from cogvlm_hpe.model.sat_lora import factors_of, pairs_of
 from cogvlm_hpe.model.sat_weights import SatWeights
-from cogvlm_hpe.model.weights import Weights, open_weights
+from cogvlm_hpe.model.weights import Weights, open_weights, read_config
 from launcher.errors import UserError
 
 DATA = Path(__file__).parents[2] / "data" / "tiny0"
@@ -149,7 +149,7 @@ def test_the_parts_are_those_sat_itself_makes() -> None:
         path = DATA / f"sat_mp2/1/mp_rank_{rank:02d}_model_states.pt"
         module = torch.load(path, weights_only=True)["module"]
         for name in whole.names():
-            part = sat.split(whole.read(name), sat.split_rule(name, whole.config.vocab_size), rank, 2)
+            part = sat.split(whole.read(name), sat.split_rule(name, whole.architecture.vocab_size), rank, 2)
             assert torch.equal(part, module[sat.sat_name(name)]), name
 
 
@@ -167,7 +167,7 @@ def test_config_goes_both_ways(tmp_path: Path) -> None:
     assert value == given_value
     published = CogVLMConfig(rms_norm_eps=1e-6, template_version="chat", pad_token_id=7)
     (tmp_path / "model_config.json").write_text(json.dumps(sat.sat_config(published, 4)))
-    assert sat.read_sat_config(tmp_path).to_dict() == {**published.to_dict(), "architectures": ["CogVLMForCausalLM"]}
+    assert read_config(tmp_path).to_dict() == {**published.to_dict(), "architectures": ["CogVLMForCausalLM"]}
 
 
 def edited(folder: Path, **changes: object) -> Path:
