@@ -156,7 +156,8 @@ def spoil_image(shard_set: ShardSet, i: int) -> None:
     spoil(shard_set, i, image, image[: len(image) // 3] + b"\0" * (len(image) - len(image) // 3))
 
 
-def test_a_bad_image_fails_and_names_shard_and_key(sets: list[ShardSet]) -> None:
+def test_bad_shard_policies_fail(sets: list[ShardSet]) -> None:
+    """And name shard and key, in one line."""
     spoil_image(sets[0], 4)
     with pytest.raises(UserError) as caught:
         list(islice(Stream(sets, plan_of(sets), 0, 1, 24), 6))
@@ -172,7 +173,8 @@ def test_errors_in_workers_stay_one_line(sets: list[ShardSet]) -> None:
     assert "key tiny-train-000004" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_skipped_samples_leave_holes_that_are_counted_and_never_filled(sets: list[ShardSet]) -> None:
+def test_bad_shard_policies_skip(sets: list[ShardSet]) -> None:
+    """Skipped samples leave holes, which are counted and never filled."""
     whole = [items for _, items in islice(Stream(sets, plan_of(sets), 0, 1, 24), 6)]
     spoil_image(sets[0], 4)
     spoil(sets[0], 9, b'"visible":1.0', b'"visible":9.0')
