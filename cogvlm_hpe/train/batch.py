@@ -123,5 +123,7 @@ class Collator:
 
 
 def _pad(rows: list[list[int]], value: int) -> Tensor:
-    length = max(len(row) for row in rows)
-    return torch.tensor([row + [value] * (length - len(row)) for row in rows])
+    out = np.full((len(rows), max(map(len, rows))), value, dtype=np.int64)
+    for place, row in zip(out, rows, strict=True):
+        place[: len(row)] = row
+    return torch.from_numpy(out)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from cogvlm_hpe.config import RunConfig, TrainConfig
 from cogvlm_hpe.model.load import DTYPES
@@ -71,7 +72,8 @@ class Engine:
         self.parameters = trainable(module)
         _leave_frozen_alone(module)
         _bring_to_working_form(module.parameters(), config)
-        self._finite: Tensor | None = None
+        self._extremes: list[Tensor] = []
+        self._plain_norm: Tensor | None = None
         for parameter in self.parameters.values():
             parameter.register_hook(self._look)
         train = config.train
@@ -106,12 +108,12 @@ class Engine:
 
     def finite(self) -> Tensor | bool:
         """Whether this rank's gradients since the last call are finite, as they were before ranks added them up."""
-        seen, self._finite = self._finite, None
-        return True if seen is None else seen
+        seen, self._extremes = self._extremes, []
+        return torch.stack(seen).isfinite().all() if seen else True
 
     def _look(self, gradient: Tensor) -> None:
-        finite = torch.isfinite(gradient).all()
-        self._finite = finite if self._finite is None else self._finite & finite
+        # One pass, in which NaN wins over every number; isfinite makes five.
+        self._extremes += torch.aminmax(gradient)
 
     def step(self) -> None:
         """End a micro-batch; at the last one of a step, clip and update. Raises UserError on a non-finite gradient.
@@ -119,6 +121,9 @@ class Engine:
         DeepSpeed skips such a step without a word, on all ranks alike, so no weight has changed.
         """
         skipped = self.engine.skipped_steps
+        if not self.engine.zero_optimization() and self.engine.is_gradient_accumulation_boundary():
+            # Of stage 0 DeepSpeed does not tell it.
+            self._plain_norm = get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
         self.engine.step()
         if self.engine.skipped_steps != skipped:
             raise UserError(
@@ -127,8 +132,8 @@ class Engine:
             )
 
     def grad_norm(self) -> float:
-        """Norm of the last step's gradient before clipping; nan where DeepSpeed does not tell (stage 0, fp32)."""
-        norm = self.engine.get_global_grad_norm()
+        """Norm of the last step's gradient before clipping; nan before the first one."""
+        norm = self.engine.get_global_grad_norm() if self._plain_norm is None else self._plain_norm
         return float("nan") if norm is None else float(norm)
 
     def weights(self) -> dict[str, Tensor]:

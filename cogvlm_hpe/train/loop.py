@@ -191,6 +191,7 @@ def report(run: Run, step: int, tally: Tally) -> str:
 def evaluate_and_save(run: Run, step: int, stopping: bool, at_end: bool) -> float:
     """All ranks. What is due after `step`; the seconds it took. Who must stop saves and no more."""
     start_s = time.monotonic()
+    run.writer.look()
     verdict = None if stopping else evaluate(run, step)
     best = verdict is not None and run.comm.agree(is_best(run, verdict))
     if best or step % run.config.train.save_every == 0 or at_end or stopping:

@@ -6,6 +6,8 @@ import resource
 import shutil
 import signal
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,6 +108,22 @@ def test_what_is_written_beside_the_steps_is_the_same(tmp_path: Path, describe: 
         writer.wait()
     manifests = [(checkpoint.newest(writer.run_dir) / "manifest.json").read_bytes() for writer in writers]
     assert manifests[0] == manifests[1]
+
+
+def test_what_fails_beside_the_steps_is_said_at_the_next_look(tmp_path: Path, describe: checkpoint.Describe) -> None:
+    writer = checkpoint.Writer(tmp_path, describe, beside=True)
+    writer.look()
+    (tmp_path / "checkpoints").write_text("in the way of the folder")
+    writer.save(1, *tensors(1), {})
+    with pytest.raises(UserError, match="step-00000001: cannot be written"):
+        until(writer.look)
+
+
+def until(look: Callable[[], None]) -> None:
+    """Look for as long as a slow machine may take."""
+    for _ in range(1000):
+        look()
+        time.sleep(0.01)
 
 
 def test_an_adapter_that_learned_nothing_is_not_saved(tmp_path: Path, describe: checkpoint.Describe) -> None:

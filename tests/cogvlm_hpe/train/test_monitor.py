@@ -24,6 +24,22 @@ def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == wanted
 
 
+def test_config_choices_and_distributions_are_in_tensorboard(tmp_path: Path) -> None:
+    monitor = Monitor(tmp_path, single(), 0)
+    monitor.text("config", "```yaml\ntrain: {lr: 0.1}\n```")
+    monitor.histogram(3, "adapter/norms_glue", [0.5, 1.0, 2.0])
+    monitor.hparams({"train.lr": 0.1, "adapter.targets": ["glue"], "adapter.init": None}, {"reached/geodesic_deg": 7.0})
+    monitor.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    [config] = events.Tensors("config/text_summary")
+    assert b"train: {lr: 0.1}" in config.tensor_proto.string_val[0]
+    assert [event.step for event in events.Histograms("adapter/norms_glue")] == [3]
+    chosen = events.summary_metadata["_hparams_/session_start_info"].plugin_data
+    assert chosen.plugin_name == "hparams" and b"train.lr" in chosen.content and b"['glue']" in chosen.content
+    assert [event.value for event in events.Scalars("reached/geodesic_deg")] == [7.0]
+
+
 def test_a_line_that_was_cut_short_counts_for_nothing(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"global_step": 1, "evaluate/x": 0.5}\n{"global_step": 2, "evalua')

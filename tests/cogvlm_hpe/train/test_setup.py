@@ -8,11 +8,12 @@ import pytest
 import torch
 from tiny_model import small_config
 
-from cogvlm_hpe.config import AdapterConfig, RunConfig
+from cogvlm_hpe.config import AdapterConfig, RunConfig, TrainConfig
 from cogvlm_hpe.model.modeling import CogVLMForCausalLM
 from cogvlm_hpe.train import checkpoint
 from cogvlm_hpe.train.adapter import add_lora, trainable
 from cogvlm_hpe.train.command import parse
+from cogvlm_hpe.train.engine import deepspeed_config
 from cogvlm_hpe.train.module import TrainedModule
 from cogvlm_hpe.train.setup import make_plan, make_stream, refuse_other_sets, sets_text, take_weights
 from launcher.comm import single
@@ -82,6 +83,20 @@ def test_other_sets_in_the_same_place_are_no_resumption(tiny_set: Callable[..., 
     refuse_other_sets(saved, plans[0], tmp_path)
     with pytest.raises(UserError, match=r"sizes: \[20\] -> \[16\]\); bring the old ones back"):
         refuse_other_sets(saved, plans[1], tmp_path)
+
+
+def test_offload_settings_reach_deepspeed(tmp_path: Path) -> None:
+    """As it reads them itself; there is no NVMe here to run them on."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    disk = {"device": "nvme", "nvme_path": str(tmp_path)}
+    given = {"zero_optimization": {"offload_param": disk, "offload_optimizer": disk}, "aio": {"block_size": 2**20}}
+    config = config_of(tmp_path, tmp_path)
+    config.train = TrainConfig(zero_stage=3, deepspeed=given)
+    told = deepspeed_config(config, 2)
+    zero = DeepSpeedZeroConfig(**told["zero_optimization"])
+    assert (zero.stage, zero.offload_param.device, str(zero.offload_optimizer.nvme_path)) == (3, "nvme", str(tmp_path))
+    assert told["aio"] == {"block_size": 2**20} and told["gradient_accumulation_steps"] == 2
 
 
 def test_a_checkpoint_of_another_base_is_refused(tmp_path: Path) -> None:
