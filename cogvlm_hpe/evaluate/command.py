@@ -68,7 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add(
         "--name", action="append", default=[],
-        help="name of the system in reports (default: the folder's name); once a system, --model first if --with-base",
+        help="name of the system in reports (default: the folder's name); once a system, --model first if --with-base; "
+        "`X, seed 1`, `X, seed 2`, … are runs of one system X",
     )  # fmt: skip
     add("--out", type=Path, required=True, metavar="DIR", help="result folder to make; must not exist")
 

@@ -21,13 +21,12 @@ from tiny_model import write_tiny_model
 from tiny_source import TinySource
 
 from cogvlm_hpe import cli
-from cogvlm_hpe.evaluate import command, decode, gallery, reduce, repeats, unfinished
+from cogvlm_hpe.evaluate import command, decode, gallery, repeats
 from cogvlm_hpe.evaluate.answer import Decoding
 from cogvlm_hpe.evaluate.card import write_card
-from cogvlm_hpe.evaluate.live import Totals
 from cogvlm_hpe.evaluate.results import load_results
 from cogvlm_hpe.model.load import load, load_several
-from launcher.comm import Comm, single
+from launcher.comm import single
 from launcher.errors import UsageError
 from shards.cache import FOLDER_VARIABLE
 from shards.index import open_set
@@ -316,6 +315,19 @@ def test_each_system_has_a_name_of_its_own(tmp_path: Path) -> None:
             command.plan_jobs(parser.parse_args([*flags, *names]))
 
 
+def test_each_rank_of_a_machine_takes_the_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for rank, size in (("PMI_RANK", "PMI_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")):
+        local = "MPI_LOCALRANKID" if rank == "PMI_RANK" else "OMPI_COMM_WORLD_LOCAL_RANK"
+        ranks_here = "MPI_LOCALNRANKS" if rank == "PMI_RANK" else "OMPI_COMM_WORLD_LOCAL_SIZE"
+        with monkeypatch.context() as place:
+            for name, value in ((rank, 6), (size, 8), (local, 2), (ranks_here, 4)):
+                place.setenv(name, str(value))
+            assert command.device_of("auto") == command.device_of("cuda") == "cuda:2"
+            assert command.device_of("cpu") == "cpu"
+
+
 def test_short_names_tell_folders_apart() -> None:
     assert command.short_names([Path("runs/lora/last"), Path("runs/merged")]) == ["last", "merged"]
     assert command.short_names([Path("/r/a/last"), Path("/r/b/last")]) == ["a-last", "b-last"]
@@ -331,65 +343,3 @@ def test_an_existing_result_is_refused_before_any_work(tmp_path: Path) -> None:
     words = ["--model", "m", "--shards", "s", "--out", str(tmp_path / "out")]
     with pytest.raises(UsageError, match="exists already"):
         command.run(parser.parse_args(words))
-
-
-class _Gathered(Comm):
-    """Rank 0 of two, whose other rank has said `other`."""
-
-    size = 2
-
-    def __init__(self, other: list) -> None:
-        self._other = other
-
-    def gather(self, value: list) -> list:
-        """Both ranks' values."""
-        return [value, self._other]
-
-
-def test_rows_come_in_batch_order_whoever_made_them() -> None:
-    rows = reduce.collect([(0, [{"id": "a"}]), (2, [{"id": "c"}])], 3, _Gathered([(1, [{"id": "b"}])]))
-    assert [row["id"] for row in rows] == ["a", "b", "c"]
-
-
-@pytest.mark.parametrize("other", [[], [(0, [])], [(1, []), (1, [])]])
-def test_a_batch_that_is_missing_or_comes_twice_is_a_defect(other: list) -> None:
-    with pytest.raises(RuntimeError, match="were dealt"):
-        reduce.collect([(0, [])], 2, _Gathered(other))
-
-
-def test_a_result_folder_is_complete_and_free_of_times(tmp_path: Path) -> None:
-    row = {"id": "k/object-0", "key": "k", "task": "what", "kind": "other", "errors": {"exact": True}}
-    facts = reduce.run_facts(single(), 1, 0.0)
-    reduce.write_result(tmp_path / "out", [row], {"system": "s"}, facts)
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "metrics.json",
-        "predictions.jsonl",
-        "run.json",
-        "tensorboard",
-    ]
-    text = (tmp_path / "out" / "metrics.json").read_text()
-    assert not any(word in text for word in ("time", "host", "ranks", str(tmp_path)))
-
-
-def test_the_ranks_that_all_wait_for_are_named() -> None:
-    states = {rank: {"rounds": 5, "host": f"n{rank // 2}", "pid": 100 + rank, "ranks": 4} for rank in range(4)}
-    assert "all 4 ranks had done 5 rounds" in unfinished.late(states, 4, 60)
-    states[3]["rounds"] = 4
-    assert "last was rank 3 (host n1, pid 103) after 4 rounds, others had done up to 5" in unfinished.late(
-        states, 4, 60
-    )
-    del states[2]
-    assert "no rank has moved for 60 s; rank 2, not started" in unfinished.late(states, 4, 60)
-    assert "ranks 4, 5, 6, 7, 8, 9, 10, 11 and 4 more, not started" in unfinished.late(states | {2: states[3]}, 16, 1)
-
-
-def test_live_totals_are_those_of_all_rows_so_far() -> None:
-    poses = [{"task": "pose", "errors": {"yaw": 3.0, "pitch": 6.0, "roll": 0.0}}, {"task": "pose", "errors": None}]
-    boxes = [{"task": "where", "errors": {"iou": iou}} for iou in (0.5, 0.4, 0.9, 0.8)]
-    totals = Totals()
-    assert totals.text() == ""
-    totals.add(poses, 2)
-    assert totals.reduce(single()) == 2 and totals.text() == "MAE 3.0 deg, valid 50 %"
-    totals.add([*boxes, poses[1]], 3)
-    assert totals.reduce(single()) == 3 and totals.finish() == 0
-    assert totals.text() == "MAE 3.0 deg, valid 33 %, grounding 75 %"
