@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
+import os
 import random
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +24,15 @@ sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
 import chaos
 
 from cogvlm_hpe.model.tokenizer import load_tokenizer
+from cogvlm_hpe.train import checkpoint
 from cogvlm_hpe.train.command import parse
-from cogvlm_hpe.train.loop import Tally, next_batches, train_step
-from cogvlm_hpe.train.setup import setup
+from cogvlm_hpe.train.loop import Tally, next_batches, run_loop, train_step
+from cogvlm_hpe.train.setup import make_stream, setup
 from launcher.comm import from_torch, single
 from launcher.errors import UserError
+from launcher.supervise import STOP_SIGNALS, StopFlag
 from launcher.world import discover
+from shards.index import open_set
 from shards.record import Object
 from shards.write import Sample, build
 
@@ -104,7 +110,7 @@ def test_a_run_is_judged_alike_on_any_ranks_and_stage(place: Path) -> None:
 
 @pytest.fixture(scope="module")
 def codes(place: Path) -> list[int]:
-    """An undisturbed run, `calm`, and one that a kill -9 and two signals to one rank hit; its exit codes."""
+    """An undisturbed run, `calm`, and one that a signal to one rank and a kill -9 hit; its exit codes."""
     more = ["--train.max_steps", str(LONG), "--train.save_every", "2"]
     calm = train(words_of(place, "calm", *more), 2, place / "calm.txt")
     assert calm.wait() == 0, calm.said
@@ -112,18 +118,55 @@ def codes(place: Path) -> list[int]:
     def start() -> Ranks:
         return train(words_of(place, "storm", *more, "--resume"), 2, place / "storm.txt")
 
-    return chaos.storm(start, place / "storm", LONG, random.Random(1), ["signal", "kill", "signal"])
+    return chaos.storm(start, place / "storm", LONG, random.Random(1), ["signal", "kill"])
 
 
-def test_one_rank_signalled_all_ranks_leave(codes: list[int]) -> None:
-    """Both ranks with 85, at a step that the next start goes on from."""
-    assert codes == [85, -signal.SIGKILL, 85, 0]
+def stopped_five_times(out: Path, words: list[str]) -> None:
+    """All ranks. Train until a signal to one of them, save and go on from there; then the next signal, to another."""
+    world, seen = discover(), {}
+    config, comm = parse(words)[0], from_torch(world)
+    run = setup(config, world, comm, resume=False, allow_change=False)
+    for turn, number in enumerate(STOP_SIGNALS):
+        flag, start_s = StopFlag(), time.monotonic()
+        if comm.rank == turn % comm.size:
+            threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
+        code = run_loop(run, flag)
+        newest = checkpoint.newest(Path(config.run_dir))
+        seen[number.name] = {"code": code, "heard": flag.raised, "step": checkpoint.read(newest).step}
+        seen[number.name] |= {"first": run.first_step, "seconds": time.monotonic() - start_s}
+        first_step = seen[number.name]["step"]
+        side = run.collator.image_size
+        stream = make_stream(config.shards, [open_set(config.shards.train[0].path)], run.plan, comm, side, first_step)
+        run = dataclasses.replace(run, first_step=first_step, stream=stream)
+    out.with_suffix(f".{world.rank}").write_text(json.dumps(seen))
+
+
+@pytest.fixture(scope="module")
+def stops(place: Path) -> list[dict]:
+    """Per rank what it saw of five signals."""
+    words = words_of(place, "stops", "--train.max_steps", "100000", "--train.save_every", "100000")
+    done = Ranks(
+        2, stopped_five_times, place / "stopped", [*words, "--train.zero_stage", "1"], said=place / "stops.txt"
+    )
+    assert done.wait() == 0, done.said
+    return [json.loads((place / f"stopped.{rank}").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
+def test_one_rank_signalled_all_ranks_leave(stops: list[dict], number: signal.Signals) -> None:
+    """All with 85, at one step, which a checkpoint is of; only one has heard the signal itself."""
+    one, other = (of_rank[number.name] for of_rank in stops)
+    assert one["code"] == other["code"] == 85
+    assert sorted([one["heard"], other["heard"]]) == [False, True]
+    assert one["step"] == other["step"] > one["first"] == other["first"]
+    assert max(one["seconds"], other["seconds"]) < 30
 
 
 def test_kills_and_signals_to_one_rank_change_nothing(place: Path, codes: list[int]) -> None:
     """The short version of benchmarks/chaos.py."""
     calm, storm = ((place / run / "last" / chaos.ADAPTER).read_bytes() for run in ("calm", "storm"))
     assert calm == storm
+    assert codes == [85, -signal.SIGKILL, 0], "of processes that end, too"
     assert len(json.loads((place / "storm" / "run.json").read_text())["starts"]) == len(codes)
 
 
