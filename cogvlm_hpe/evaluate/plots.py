@@ -22,6 +22,7 @@ _KIND_COLOURS = {
 _GREY = "#999999"
 _MOST_SYSTEMS = 6
 _LABEL_CHARACTERS = 28
+_TILE_PX, _TILE_CHARACTERS = 200, 34
 _EXAMPLES_DEG = (5, 15, 30, 60, 90)
 _OBLIQUE = np.array([1.0, 1.0, 1.0]) / np.sqrt(3.0)
 
@@ -74,22 +75,26 @@ def _error_by_bins(results: Sequence[Result], key: str, edges: Sequence[float], 
     few = max(map(len, sets.values())) <= _MOST_SYSTEMS
     for axis, (name, group) in zip(axes, sets.items(), strict=True):
         for i, result in enumerate(group):
-            bins = [b for b in result.tasks["pose"][key] if b["n"]]
+            places, bins = _filled(result, key)
             means = np.array([b["geodesic_mean"] for b in bins])
             spans = np.abs(np.array([b["ci95"] for b in bins]).T - means) if few else None
-            aside = i * edges[-1] / 180 if few else 0.0  # so that the intervals stand apart
-            centres = [(b["from"] + b["to"]) / 2 + aside for b in bins]
-            axis.errorbar(centres, means, yerr=spans, marker="o", capsize=3, **_line(results, result))
-        bins = [b for b in group[0].tasks["pose"][key] if b["n"]]
-        centres = [(b["from"] + b["to"]) / 2 for b in bins]
-        axis.plot(centres, [b["constant_pose"] for b in bins], "--", color=_GREY, label=CONSTANT)
+            aside = 0.02 * i if few else 0.0  # so that the intervals stand apart
+            axis.errorbar(places + aside, means, yerr=spans, marker="o", capsize=3, **_line(results, result))
+        places, bins = _filled(group[0], key)
+        axis.plot(places, [b["constant_pose"] for b in bins], "--", color=_GREY, label=CONSTANT)
         axis.set_title(f"{name} (heads: {', '.join(str(b['n']) for b in bins)})")
-        axis.set_xticks(edges)
+        axis.set_xticks(range(len(edges)), [f"{edge:g}" for edge in edges])
         axis.set_xlabel(label)
         axis.set_ylabel("mean geodesic error (deg)")
         axis.set_ylim(bottom=0)
     _legend(figure, axes, few)
     return _png(figure)
+
+
+def _filled(result: Result, key: str) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """The bins that hold heads, and where they are drawn: all are equally wide."""
+    bins = list(enumerate(result.tasks["pose"][key]))
+    return np.array([i + 0.5 for i, b in bins if b["n"]]), [b for _, b in bins if b["n"]]
 
 
 def error_curves(results: Sequence[Result]) -> bytes | None:
@@ -150,21 +155,23 @@ def error_examples(results: Sequence[Result]) -> bytes | None:
 
 
 def answer_formats(results: Sequence[Result]) -> bytes | None:
-    """Stacked shares of answer formats for pose and box questions, one bar for each system and set."""
-    asked = [(task, title) for task, title in (("pose", "asked for a pose"), ("where", "asked for a box"))]
-    asked = [(task, title) for task, title in asked if any(task in result.tasks for result in results)]
-    if not asked:
+    """Stacked shares of answer formats: for each set pose questions beside box questions, a bar for each system."""
+    parts = [
+        (task, f"{name}: asked for {title}", [result for result in group if task in result.tasks])
+        for name, group in by_set(results).items()
+        for task, title in (("pose", "a pose"), ("where", "a box"))
+    ]
+    parts = [part for part in parts if part[2]]
+    if not parts:
         return None
-    figure, axes = _row_of_axes(len(asked), height=2.0 + 0.35 * len(results))
-    for axis, (task, title) in zip(axes, asked, strict=True):
-        bars = [result for result in results if task in result.tasks]
-        labels = [f"{_short(result.system)}, {result.set_name}" for result in bars]
+    figure, axes = _row_of_axes(len(parts), height=1.2 + 0.25 * max(len(bars) for _, _, bars in parts))
+    for axis, (task, title, bars) in zip(axes, parts, strict=True):
         left = np.zeros(len(bars))
         for kind in KINDS:
             shares = np.array([result.tasks[task]["format"].get(kind, 0.0) for result in bars])
             axis.barh(range(len(bars)), shares, left=left, color=_KIND_COLOURS[kind], label=kind)
             left += shares
-        axis.set_yticks(range(len(bars)), labels)
+        axis.set_yticks(range(len(bars)), [_short(result.system) for result in bars])
         axis.invert_yaxis()
         axis.set_xlim(0, 1)
         axis.set_title(title)
@@ -200,14 +207,14 @@ def head_sheet(group: Sequence[Result], heads: int) -> bytes | None:
         for result, known in zip(group, answers, strict=True):
             tile, title = _tile(images[row["key"]], row, known.get(row["id"]))
             tiles.append(tile)
-            titles.append(f"{_short(result.system)}: {title}")
+            titles.append(f"{title}: {_short(result.system)}"[:_TILE_CHARACTERS])
     file = io.BytesIO()
     Image.fromarray(contact_sheet(tiles, titles, columns=len(group))).save(file, "PNG")
     return file.getvalue()
 
 
 def _tile(image: np.ndarray, row: Row, answer: Row | None) -> tuple[np.ndarray, str]:
-    pixels = head_pixels(image, row, answer, 160)
+    pixels = head_pixels(image, row, answer, _TILE_PX)
     if answer is None or answer["parsed"] is None:
         return pixels, "not asked" if answer is None else "no pose"
     return pixels, f"{answer['errors']['geodesic']:.0f} deg"

@@ -26,11 +26,13 @@ COLUMNS = {
     "the true one; 0 is perfect, 180 the worst. In brackets the 95 % interval from resampling images; of a system that "
     "was trained several times the mean ± standard deviation over seeds, and how many there are",
     "median": "half of the heads have a smaller geodesic error than this, in degrees",
+    "p90": "nine of ten heads have a smaller one",
     "MAE": "mean absolute error in degrees over yaw, pitch and roll: what papers print; near yaw ±90 pitch and roll "
     "are ill-defined, so that it looks worse than the picture is",
     "MAE yaw/pitch/roll": "the same, then of each angle",
     "grounding": "share of objects found: the answered box overlaps the true one by half or more (IoU ≥ 0.5); it "
     "shows what the model has forgotten while it learned poses",
+    "mean IoU": "how far answered and true boxes overlap, on average: 1 is the same box, no box counts as 0",
     "wrong format": "share of pose questions answered by anything but a well-formed pose, and of box questions by "
     "anything but a box; none is left out: in the errors they count as the constant pose, and as objects not found",
     "blended": "share of answers that mix the formats of poses and boxes, for pose and for box questions",

@@ -145,7 +145,7 @@ def _with_set_labels(results: list[Result]) -> list[Result]:
     def label(result: Result) -> str:
         sets, own = known[result.set_name], result.metrics["set"]
         splits, sizes = ({said.get(key) for said in sets} for key in ("split", "images"))
-        words = [result.set_name] + [str(own.get("split"))] * (len(splits) > 1)
+        words = [result.set_name] + [str(own.get("split"))] * (len(splits) > 1 and own.get("split") is not None)
         same = {said.get("images") for said in sets if said.get("split") == own.get("split")}
         return " ".join(words + [f"({own.get('images')} images)"] * (len(same) > 1 and len(sizes) > 1))
 
@@ -179,23 +179,14 @@ def by_set(results: Sequence[Result]) -> dict[str, list[Result]]:
 
 def score_table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows: for each set the constant pose, then every run of every system."""
-    heads = [
-        "set",
-        "system",
-        "heads",
-        "geodesic",
-        "median",
-        "MAE yaw/pitch/roll",
-        "grounding",
-        "wrong format",
-        "blended",
-    ]
+    heads = ["set", "system", "heads", "geodesic", "median", "p90", "MAE yaw/pitch/roll", "grounding", "mean IoU"]
+    heads += ["wrong format", "blended"]
     rows = []
     for name, group in by_set(results).items():
         posed = [result for result in group if "pose" in result.tasks]
         if posed:
             pose = posed[0].tasks["pose"]
-            rows.append([name, CONSTANT, str(pose["n"]), *_errors(pose["constant_pose"]), "–", "–", "–"])
+            rows.append([name, CONSTANT, str(pose["n"]), *_errors(pose["constant_pose"]), *["–"] * 4])
         rows += [_score_row(result) for result in group]
     return heads, rows
 
@@ -218,8 +209,9 @@ def words_table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
 def _score_row(result: Result) -> list[str]:
     pose, where = result.tasks.get("pose"), result.tasks.get("where")
     cells = [result.set_name, result.name]
-    cells += [str(pose["n"]), *_errors(pose["all"])] if pose else ["–"] * 4
+    cells += [str(pose["n"]), *_errors(pose["all"])] if pose else ["–"] * 5
     cells.append(_percent(where["accuracy"]["mean"], where["accuracy"]["ci95"]) if where else "–")
+    cells.append(f"{where['iou']['mean']:.2f}" if where else "–")
     asked = [(task, label) for task, label in ((pose, "pose"), (where, "box")) if task]
     wrong = [f"{_percent(1 - task['n_valid'] / task['n'])} {label}" for task, label in asked]
     blended = [f"{_percent(task['format']['blended'])} {label}" for task, label in asked]
@@ -232,6 +224,7 @@ def _errors(scores: dict[str, Any]) -> list[str]:
     return [
         f"{geodesic['mean']:.1f} [{low:.1f}, {high:.1f}]",
         f"{geodesic['median']:.1f}",
+        f"{geodesic['p90']:.1f}",
         f"{mae['mean']:.1f} ({mae['yaw']:.1f}/{mae['pitch']:.1f}/{mae['roll']:.1f})",
     ]
 

@@ -124,12 +124,13 @@ def overview(results: Sequence[Result], about: Mapping[str, str] | None = None) 
 
 
 def _best(values: Array) -> set[tuple[int, int]]:
-    """(row, column) in the table of the smallest of each column of (rows, columns) values, where two or more differ."""
+    """(row, column) in the table of the smallest of each column of (rows, columns) values, unless most share it."""
     best = set()
     for column, numbers in enumerate(values.T if values.size else []):
         known = numbers[np.isfinite(numbers)]
-        if len(known) > 1 and known.min() < known.max():
-            best |= {(int(row), column + 1) for row in np.flatnonzero(numbers == known.min())}
+        smallest = np.flatnonzero(numbers == known.min()) if len(known) else known
+        if 0 < len(smallest) <= len(known) / 2:
+            best |= {(int(row), column + 1) for row in smallest}
     return best
 
 

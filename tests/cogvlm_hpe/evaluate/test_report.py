@@ -79,11 +79,8 @@ def test_many_systems_are_compared_with_the_first_and_the_best_and_still_drawn(
     assert len({plots._colour([r.system for r in loaded], r.system) for r in loaded}) == 13
 
 
-def test_sentences_on_systems_come_from_a_file(runs: list[Path], tmp_path: Path) -> None:
-    file, out = tmp_path / "systems.yaml", tmp_path / "out"
-    file.write_text("poor: blends answers\n")
-    assert cli.main(["report", str(runs[1]), "--systems", str(file), "--out", str(out)]) == 0
-    assert "- **poor**: blends answers" in (out / "report.md").read_text()
+def test_a_file_that_holds_no_sentences_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "systems.yaml"
     for text, said in (("- poor", "must be `NAME: sentence`"), ("a: [", "cannot be read"), ("1: b", "put quotes")):
         file.write_text(text)
         with pytest.raises(UserError, match=said):
@@ -261,7 +258,10 @@ def test_the_report_is_whole_and_the_page_needs_no_other_file(
     out, model = tmp_path / "out", tmp_path / "model"
     model.mkdir()
     edit(runs[0] / "run.json", model=str(model))
-    assert cli.main(["report", *map(str, runs), "--out", str(out), "--card", str(model)]) == 0
+    about = tmp_path / "systems.yaml"
+    about.write_text("poor: blends answers\n")
+    words = ["--systems", str(about), "--out", str(out), "--card", str(model)]
+    assert cli.main(["report", *map(str, runs), *words]) == 0
     assert "poor" in capsys.readouterr().out and "| good |" in (model / "README.md").read_text()
     markdown, page = (out / "report.md").read_text(), (out / "report.html").read_text()
     pictures = re.findall(r"\]\((report/[\w-]+\.png)\)", markdown)
@@ -270,6 +270,7 @@ def test_the_report_is_whole_and_the_page_needs_no_other_file(
     assert not re.search(r"https?://|@import|url\(", page)
     assert [base64.b64decode(data) for data in inlined] == [(out / picture).read_bytes() for picture in pictures]
     assert not re.search(r'(src|href)="(?!data:|#)', page)
+    assert "- **poor**: blends answers" in markdown and "<p>blends answers</p>" in page
     for text in (markdown, page):
         assert all(column in text for column in report.COLUMNS) and "Answers in words" in text
 
