@@ -41,21 +41,22 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-_loading: list[str] = []  # transformers' modules that are being executed, one inside the other
+_loading: list[str] = []  # modules of transformers and of this room that are being executed, one inside the other
 _due: list[str] = []
 
 
 class _Follower(MetaPathFinder):
     """Imports ours right after transformers' modules, which it leaves to be found as ever.
 
-    Where those import each other, ours wait for the outermost: they need all of its names.
+    Where those import each other, or are imported by one of ours, ours wait for the outermost: they need all its names.
     """
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """The usual one, whose module is followed by ours; None for any other module."""
-        spec = PathFinder.find_spec(name, path, target) if name in _FOLLOW else None
+        watched = name in _FOLLOW or name.startswith(f"{__name__}.")
+        spec = PathFinder.find_spec(name, path, target) if watched else None
         if spec is None or spec.loader is None:
             return None
         execute = spec.loader.exec_module
@@ -66,7 +67,8 @@ class _Follower(MetaPathFinder):
                 execute(module)
             finally:
                 _loading.remove(name)
-            _due.append(_FOLLOW[name])
+            if name in _FOLLOW:
+                _due.append(_FOLLOW[name])
             while _due and not _loading:
                 import_module(_due.pop(0))
 
