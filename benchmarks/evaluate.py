@@ -14,7 +14,8 @@ the moment all have read the model. Two things bound what ranks can gain, whatev
   machine    as many processes that know nothing of each other, each judging all that one rank alone judges: caches,
              memory and clock are theirs in common
 
-The rest is ours: what ranks wait for each other, and the rows on their way to rank 0.
+The rest is ours: what ranks wait for each other, and the rows on their way to rank 0. Where several ranks need more CPU
+seconds than one for the same heads, the cores slow each other.
 """
 
 import argparse
@@ -157,19 +158,21 @@ def as_rank(args: argparse.Namespace) -> None:
     judge = partial(decode_all, [loaded], shard_set, own, ["pose"], Decoding(ANSWER_TOKENS), batch=BATCH)
     judge(limit=BATCH * own.size)
     comm.barrier()
+    start_cpu_s = time.process_time()
     took_s = comm.max(seconds(judge))
+    cpu_s = comm.sum(time.process_time() - start_cpu_s)
     if comm.rank == 0:
-        print(took_s)
+        print(took_s, cpu_s)
 
 
-def timed(ranks: int, words: list[object]) -> float:
-    """Seconds that `ranks` processes of this program take for the set."""
+def timed(ranks: int, words: list[object]) -> list[float]:
+    """Seconds that `ranks` processes of this program take for the set, and CPU seconds of all together."""
     start = [Path(sys.executable).with_name("mpirun"), "-np", ranks, sys.executable, __file__, *words]
     # Without a stdin of its own mpirun stops where a background job may not read the terminal.
     done = subprocess.run(
         list(map(str, start)), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True
     )  # fmt: skip
-    return float(done.stdout.split()[-1])
+    return [float(number) for number in done.stdout.split()[-2:]]
 
 
 def scale(args: argparse.Namespace) -> None:
@@ -181,14 +184,13 @@ def scale(args: argparse.Namespace) -> None:
         ways = ((1, words), (args.ranks, words), (args.ranks, [*words, "--alone"]))
         times = [[timed(ranks, flags) for ranks, flags in ways] for _ in range(args.repeats)]
         heads = [open_set(place).n_heads[i] for i in open_set(place).key_order()]
-    one, many, alone = (statistics.median(column) for column in zip(*times, strict=True))
+    (one, one_cpu), (many, many_cpu), (alone, _) = np.median(times, axis=0).tolist()
     loads = [sum(heads[i] for batch in dealt for i in batch) for dealt in deal(len(heads), args.ranks)]
     dealt, machine = sum(heads) / max(loads), args.ranks * one / alone
     possible, reached = machine * dealt / args.ranks, one / many
     print(f"1 rank {sum(heads) / one:.2f} heads/s, {args.ranks} ranks {sum(heads) / many:.2f} heads/s: {reached:.2f}x")
-    print(
-        f"dealt {dealt:.2f}x, machine {machine:.2f}x, both {possible:.2f}x: ranks reach {reached / possible:.0%} of it"
-    )
+    print(f"CPU seconds: {one_cpu:.1f} of 1 rank, {many_cpu:.1f} of {args.ranks} together")
+    print(f"dealt {dealt:.2f}x, machine {machine:.2f}x, both {possible:.2f}x: {reached / possible:.0%} of it reached")
 
 
 def deal(images: int, ranks: int) -> list[list[range]]:
