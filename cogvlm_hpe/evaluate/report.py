@@ -33,8 +33,9 @@ COLUMNS = {
     "grounding": "share of objects found: the answered box overlaps the true one by half or more (IoU ≥ 0.5); it "
     "shows what the model has forgotten while it learned poses",
     "mean IoU": "how far answered and true boxes overlap, on average: 1 is the same box, no box counts as 0",
-    "wrong format": "share of pose questions answered by anything but a well-formed pose, and of box questions by "
-    "anything but a box; none is left out: in the errors they count as the constant pose, and as objects not found",
+    "wrong format": "share of pose questions answered by anything but a well-formed pose, and run by run of box "
+    "questions by anything but a box; none is left out: in the errors they count as the constant pose, and as objects "
+    "not found",
     "blended": "share of answers that mix the formats of poses and boxes, for pose and for box questions",
 }
 
@@ -103,7 +104,13 @@ _TABLES: tuple[tuple[str, str, Callable[[Sequence[Result]], tuple[list[str], lis
         "Heads that face the camera (|yaw| up to 90) or not, by what was answered. Error averages hide this mistake.",
         front_back_table,
     ),
-    ("Answers of another kind", "What was answered where a pose or a box was asked for.", invalid_table),
+    (
+        "Answers of another kind",
+        "What was answered where a pose or a box was asked for. blended: marks of both formats in one answer; "
+        "out_of_range: well written, but its numbers are no angles or no corners; other: words, or numbers too many or "
+        "too few.",
+        invalid_table,
+    ),
     (
         "Judged again",
         "One model judged more than once on a set. Greedy answers change only where two tokens were almost equally "
@@ -119,7 +126,8 @@ _TABLES: tuple[tuple[str, str, Callable[[Sequence[Result]], tuple[list[str], lis
 )
 _GALLERY = (
     "The best, the median and the worst heads of each system, some of each kind of answer that is no pose, and some "
-    "spread over the set. True axes solid, predicted axes dashed. The address of this page keeps what is chosen."
+    "spread over the set (why it is shown: `why`; the format of its answer: `kind`). True axes solid, predicted axes "
+    "dashed. The address of this page keeps what is chosen."
 )
 
 

@@ -138,7 +138,8 @@ def _floor_cells(system: System | None) -> list[str]:
     if system is None:
         return ["–"] * len(COLUMNS)
     scores = system.runs[0].tasks["pose"]["constant_pose"]
-    return [_spread([scores["geodesic"]["mean"]], scores["geodesic"]["ci95"]), f"{scores['mae']['mean']:.1f}", "–", "–"]
+    errors = [_spread([scores[name]["mean"]], scores[name]["ci95"]) for name in ("geodesic", "mae")]
+    return [*errors, "–", "–"]
 
 
 def _cells(system: System | None) -> list[tuple[str, float]]:
@@ -155,11 +156,12 @@ def _cells(system: System | None) -> list[tuple[str, float]]:
         blended = float(np.mean([task["pose"]["format"]["blended"] for task in tasks]))
         mixed = f" ({100 * blended:.1f} blended)" if blended else ""
         cells[0] = _spread(geodesic, tasks[0]["pose"]["all"]["geodesic"]["ci95"]), float(np.mean(geodesic))
-        cells[1] = _spread(mae), float(np.mean(mae))
+        cells[1] = _spread(mae, tasks[0]["pose"]["all"]["mae"]["ci95"]), float(np.mean(mae))
         cells[3] = f"{100 * np.mean(wrong):.1f} %{mixed}", float(np.mean(wrong))
     if system.has("where"):
         found = [100 * task["where"]["accuracy"]["mean"] for task in tasks]
-        cells[2] = _spread(found, unit=" %"), -float(np.mean(found))
+        interval = [100 * share for share in tasks[0]["where"]["accuracy"]["ci95"]]
+        cells[2] = _spread(found, interval, " %"), -float(np.mean(found))
     return cells
 
 
