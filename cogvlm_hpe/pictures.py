@@ -21,11 +21,6 @@ class Picture:
     pixels: np.ndarray
     frame: int | None = None
 
-    @property
-    def name(self) -> str:
-        """A file name's stem that no other picture of one folder has."""
-        return self.path.stem if self.frame is None else f"{self.path.stem}-{self.frame:06d}"
-
 
 def find(paths: Sequence[Path]) -> list[Path]:
     """Files, with folders replaced by the images and videos right in them, by name. Raises UserError."""
@@ -41,6 +36,18 @@ def find(paths: Sequence[Path]) -> list[Path]:
         else:
             raise UserError(f"{path}: no such file")
     return found
+
+
+def names(paths: Sequence[Path]) -> dict[Path, str]:
+    """For each file a name that no other has: its stem, or as much of its path's end as tells them apart."""
+    stems = {path: path.stem for path in paths}
+    if len(set(stems.values())) == len(stems):
+        return stems
+    for depth in range(1, 1 + max(len(path.absolute().parts) for path in paths)):
+        ends = {path: "-".join(path.absolute().parts[-depth:]).strip("/-") for path in paths}
+        if len(set(ends.values())) == len(ends):
+            break
+    return ends
 
 
 def read(path: Path, every: int = 1) -> Iterator[Picture]:

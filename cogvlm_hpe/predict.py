@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     model = HeadPose.from_pretrained(
         args.model, args.adapter, device=args.device, tokenizer=args.tokenizer, decode=args.decode
     )
-    writer = Rows(args.format, sys.stdout)
+    writer, names = Rows(args.format, sys.stdout), pictures.names(paths)
     unread: list[Path] = []
     for picture in track(_read_all(paths, args.every, unread), "predict", total):
         rows = judge(model, picture, boxes, args.detect)
@@ -98,7 +98,9 @@ def run(args: argparse.Namespace) -> int:
             print(f"{picture.path}: no {args.detect} found", file=sys.stderr)
         writer.write(rows)
         if args.out is not None:
-            write_picture(args.out if alone else args.out / f"{picture.name}.png", picture.pixels, rows)
+            frame = "" if picture.frame is None else f"-{picture.frame:06d}"
+            drawn = args.out if alone else args.out / f"{names[picture.path]}{frame}.png"
+            write_picture(drawn, picture.pixels, rows)
     writer.close()
     return EXIT_FAILURE if unread else 0
 

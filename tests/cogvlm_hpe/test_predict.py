@@ -114,6 +114,18 @@ def test_an_answer_that_was_cut_off_keeps_its_whole_boxes() -> None:
     assert headpose._boxes("a head") == headpose._boxes("[[100,100,20") == []
 
 
+def test_pictures_of_one_name_are_drawn_into_files_of_their_own() -> None:
+    apart, alike, places = (
+        [Path("d/a.jpg"), Path("d/b.png")],
+        [Path("d/a.jpg"), Path("d/a.png")],
+        ["d/a.jpg", "e/a.jpg"],
+    )
+    assert list(pictures.names(apart).values()) == ["a", "b"]
+    assert list(pictures.names(alike).values()) == ["a.jpg", "a.png"]
+    assert list(pictures.names([Path(place) for place in places]).values()) == ["d-a.jpg", "e-a.jpg"]
+    assert pictures.names([apart[0], apart[0]]) == {apart[0]: "a"}
+
+
 def test_a_pixel_array_of_another_kind_is_refused() -> None:
     with pytest.raises(ValueError, match="uint8 is needed"):
         HeadPose(None)(np.zeros((4, 4)), [])  # type: ignore[arg-type]
