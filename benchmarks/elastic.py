@@ -39,6 +39,7 @@ IMAGES, BEFORE, AFTER, LR = 6, 2, 2, 0.01
 MICRO = {1: 3, 2: 3, 3: 2}
 """Images of a micro-batch, by the number of ranks; one rank accumulates."""
 AIM = 1e-5
+CLIP = 0.1  # below every gradient's norm here, so that each step clips
 
 
 def run_config(stage: int, **deepspeed: object) -> RunConfig:
@@ -48,7 +49,7 @@ def run_config(stage: int, **deepspeed: object) -> RunConfig:
         model=ModelConfig("unused", dtype="fp32"),
         shards=ShardsConfig([SetConfig("unused")]),
         adapter=AdapterConfig(rank=2, alpha=4, targets=["language.attention", "vision.mlp"], scope="all"),
-        train=TrainConfig(lr=LR, micro_batch=1, zero_stage=stage, deepspeed=deepspeed),  # type: ignore[arg-type]
+        train=TrainConfig(lr=LR, micro_batch=1, zero_stage=stage, clip=CLIP, deepspeed=deepspeed),  # type: ignore[arg-type]
     )
 
 

@@ -100,13 +100,16 @@ def replay(metrics: Path, tensorboard: Path) -> None:
                 writer.add_scalar(key, value, global_step)
 
 
-def write_run_json(run_dir: Path, world: World, threads: int, start_s: float, first_step: int) -> None:
-    """Where and with what a run was made; a start adds a line to `starts`."""
+def write_run_json(
+    run_dir: Path, world: World, hosts: list[str], threads: int, start_s: float, first_step: int
+) -> None:
+    """Where and with what a run was made, `hosts` by rank; a start adds a line to `starts`."""
     path = run_dir / "run.json"
     run = json.loads(path.read_text()) if path.is_file() else {"starts": []}
     versions = {name: metadata.version(name) for name in _PACKAGES}
     start = {
-        "host": platform.node(),
+        "host": hosts[0],
+        "hosts": list(dict.fromkeys(hosts)),
         "python": platform.python_version(),
         "versions": versions,
         "ranks": world.size,

@@ -7,6 +7,7 @@ rate 0; 7. stream from the next step.
 
 import json
 import os
+import platform
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -252,10 +253,11 @@ def describe_files(
 def open_monitor(config: RunConfig, world: World, comm: Comm, start_s: float, first_step: int) -> Monitor:
     """All ranks. The run folder with its config and a line for this start in run.json, and what writes into it."""
     run_dir, threads = Path(config.run_dir), torch.get_num_threads()
-    if comm.rank == 0:
+    hosts = comm.gather(platform.node())
+    if hosts is not None:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_text_atomic(run_dir / CONFIG_FILE, dump(config))
-        write_run_json(run_dir, world, threads, start_s, first_step)
+        write_run_json(run_dir, world, hosts, threads, start_s, first_step)
     monitor = Monitor(run_dir, comm, first_step)
     origin = f"resumed from {checkpoint.folder_of(run_dir, first_step)}" if first_step else "from the start"
     monitor.say(f"{world.size} ranks × {threads} threads ({world.kind}), {origin}")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -162,7 +163,7 @@ def test_a_run_folder_tells_its_story(place: Path, whole_run: str) -> None:
     assert {"config.yaml", "run.json", "log.txt", "metrics.jsonl", "tensorboard", "checkpoints", "last"} <= names
     assert (run / "last").resolve() == (run / "checkpoints" / f"step-{STEPS:08d}").resolve()
     start = json.loads((run / "run.json").read_text())["starts"][0]
-    assert (start["ranks"], start["threads_per_rank"]) == (1, 1)
+    assert (start["ranks"], start["threads_per_rank"], start["hosts"]) == (1, 1, [platform.node()])
     assert any((run / "tensorboard").iterdir())
     log = (run / "log.txt").read_text()
     assert re.search(r"language\.attention +2 +8 +1,536  float32", log) and "parameters train (" in log
