@@ -35,7 +35,7 @@ from cogvlm_hpe.model.configuration import CogVLMConfig
 from cogvlm_hpe.model.convert import Source, write_hf
 from cogvlm_hpe.model.load import empty_model, load_base
 from cogvlm_hpe.model.modeling import CogVLMForCausalLM
-from cogvlm_hpe.model.weights import open_weights
+from cogvlm_hpe.model.weights import AnyWeights, open_weights
 from launcher.world import World, free_port
 
 GB = 1e9
@@ -43,7 +43,7 @@ PAGE_ELEMENTS = 2048  # of bf16 in a page of memory
 PICKLED = "pickled.pt"
 
 
-class RandomWeights:
+class RandomWeights(AnyWeights):
     """Weights that exist only when they are read."""
 
     def __init__(self, folder: Path, config: CogVLMConfig) -> None:

@@ -1,6 +1,6 @@
 """The merge job beside mergekit and peft, on one checkpoint of random weights: wall, CPU seconds, peak memory.
 
-python benchmarks/merge.py [--layers 8] [--folder DIR] [--mergekit DIR]
+python benchmarks/merge.py [--layers 8] [--folder DIR] [--mergekit DIR] [--only linear --checkpoint DIR]
 
 Writes a CogVLM of about 1 B weights in bf16 (8 layers), two LoRA (r 16, every linear layer of both experts) and, for
 mergekit, both tuned models as dense weights (9 GB of disk; removed again). Every row is a process of its own; `start`
@@ -8,6 +8,7 @@ is one that only imports. Files are in the page cache except where it says cold.
 largest resident set, mapped files and all. Ours makes its files durable before it ends, the others leave them to the
 kernel. mergekit works in float32 as we do and is given the baked models; the time to bake them is not counted.
 It is not among this project's requirements: pip install --no-deps --target DIR mergekit==0.1.5 immutables
+Ours says beforehand how much memory it will need at most beside the program itself, and what it needed; shown below.
 OMP_NUM_THREADS, the threads of every process, is the number of cores unless it is set. What runs is said on stderr.
 """
 
@@ -16,9 +17,13 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,13 +37,19 @@ PASS_AIM = 1.3  # times the larger of a cold read of the base and one float64 pa
 MERGEKIT_AIM = 2.0  # times our wall time and our memory
 
 
+METHODS = ("linear", "task_arithmetic", "ties")
+ROWS = ("pass", "layerwise", "peft", *METHODS)
+
+
 @dataclass(frozen=True)
 class Used:
-    """What one process used."""
+    """What one process used, what it said of its memory, and whether it was ended by the time limit."""
 
     wall_s: float
     cpu_s: float
     peak_gb: float
+    memory: list[str]
+    ended: bool = False
 
 
 def say(what: str) -> None:
@@ -46,8 +57,8 @@ def say(what: str) -> None:
     print(f"[{time.monotonic() - BEGAN_S:4.0f} s] {what} …", file=sys.stderr, flush=True)
 
 
-def measure(command: list[str], paths: list[str] | None = None) -> Used:
-    """Run one process. This one stays small: a child's peak begins with its parent's."""
+def measure(command: list[str], paths: list[str] | None = None, timeout_s: float | None = None) -> Used:
+    """Run one process, to its end or to the limit. This one stays small: a child's peak begins with its parent's."""
     os.sync()  # what others wrote is not to be waited for in this one's time
     log, log_name = tempfile.mkstemp()
     os.unlink(log_name)
@@ -57,17 +68,24 @@ def measure(command: list[str], paths: list[str] | None = None) -> Used:
         command[0], command, environment,
         file_actions=[(os.POSIX_SPAWN_DUP2, log, 1), (os.POSIX_SPAWN_DUP2, log, 2)],
     )  # fmt: skip
+    limit = threading.Timer(timeout_s or 0.0, os.kill, (child, signal.SIGKILL))
+    if timeout_s:
+        limit.start()
     _, status, usage = os.wait4(child, 0)
+    limit.cancel()
     wall_s = time.perf_counter() - start_s
-    if status:
-        sys.exit(f"{' '.join(command)}\n{os.pread(log, 10**6, 0).decode()[-3000:]}")
+    said = os.pread(log, 10**6, 0).decode(errors="replace")
     os.close(log)
-    return Used(wall_s, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9)
+    ended = bool(timeout_s) and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    if status and not ended:
+        sys.exit(f"{' '.join(command)}\n{said[-3000:]}")
+    memory = [line for line in said.splitlines() if line.startswith("memory:")]
+    return Used(wall_s, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9, memory, ended)
 
 
-def python(code: str, *words: str, paths: list[str] | None = None) -> Used:
+def python(code: str, *words: str, paths: list[str] | None = None, timeout_s: float | None = None) -> Used:
     """Run a piece of Python."""
-    return measure([sys.executable, "-c", code, *words], paths)
+    return measure([sys.executable, "-c", code, *words], paths, timeout_s)
 
 
 MAKE = """
@@ -188,6 +206,8 @@ def dense(folder: Path, adapters: int, *flags: str) -> Used:
 def bake(folder: Path) -> None:
     """The tuned models as mergekit wants them: one file each."""
     for n in (0, 1):
+        if (folder / f"tuned-{n}").exists():
+            continue
         words = ["--adapter", str(folder / f"lora-{n}"), "--base", str(folder / "base"), "--method", "cat"]
         words += ["--output", "hf", "--max-shard-gb", "99", "--out", str(folder / f"tuned-{n}")]
         measure([sys.executable, "-m", "cogvlm_hpe", "merge", *words])
@@ -204,7 +224,7 @@ def drop_rotary(folder: Path) -> None:
     os.replace(folder / "model.safetensors.new", folder / "model.safetensors")
 
 
-def mergekit(folder: Path, method: str, where: list[str]) -> Used:
+def mergekit(folder: Path, method: str, where: list[str], timeout_s: float | None) -> Used:
     """mergekit on the same tensors; output removed again."""
     said = {"density": DENSITY} if method == "ties" else {}
     models = [
@@ -215,8 +235,8 @@ def mergekit(folder: Path, method: str, where: list[str]) -> Used:
         config["base_model"] = str(folder / "base/model.safetensors")
     (folder / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
     words = [str(folder / "config.yaml"), str(folder / "out"), "--out-shard-size", MERGEKIT_SHARD]
-    used = python(MERGEKIT, *words, paths=where)
-    shutil.rmtree(folder / "out")
+    used = python(MERGEKIT, *words, paths=where, timeout_s=timeout_s)
+    shutil.rmtree(folder / "out", ignore_errors=True)  # one that was ended early has none
     return used
 
 
@@ -226,9 +246,11 @@ def row(name: str, used: Used, peer: Used | None = None, aims: bool = False) -> 
     if peer is not None:
         wall, cpu, peak = used.wall_s / peer.wall_s, used.cpu_s / peer.cpu_s, used.peak_gb / peer.peak_gb
         said += f"   {wall:5.1f}x {cpu:5.1f}x {peak:5.1f}x"
+        if used.ended:
+            said += "   and more: ended by --timeout-s"
         if aims:
             said += f"   aim: wall and peak >= {MERGEKIT_AIM:g}x: {verdict(min(wall, peak) >= MERGEKIT_AIM)}"
-    print(said, flush=True)
+    print("\n".join([said, *(f"  {line}" for line in used.memory)]), flush=True)
 
 
 def verdict(reached: bool) -> str:
@@ -253,31 +275,56 @@ def show_pass(folder: Path, adapted: int, total: int) -> None:
         print(f"  cold / larger of (read of {what}, float64 pass) = {ratio:.2f}{aim}", flush=True)
 
 
+@contextmanager
+def place(args: argparse.Namespace) -> Iterator[Path]:
+    """The folder that holds base and adapters, made if they are not there: a kept one or a temporary one."""
+    if args.checkpoint is not None:
+        args.checkpoint.mkdir(parents=True, exist_ok=True)
+        yield made(args.checkpoint, args.layers)
+        return
+    with tempfile.TemporaryDirectory(dir=args.folder, prefix="merge-benchmark-") as name:
+        yield made(Path(name), args.layers)
+
+
+def made(folder: Path, layers: int) -> Path:
+    """The folder, with a base and two adapters in it."""
+    if not (folder / "sizes.json").exists():
+        if shutil.disk_usage(folder).free < 12e9:
+            sys.exit(f"{folder}: 12 GB of free disk are needed; name another place with --folder or --checkpoint")
+        say("writing a base and two adapters")
+        python(MAKE, str(folder), str(layers))
+    return folder
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--folder", type=Path, help="where the temporary folder is made")
+    parser.add_argument("--checkpoint", type=Path, help="a folder for base and adapters, used again if they are there")
+    parser.add_argument("--only", action="append", choices=ROWS, help="measure this alone; may be given several times")
     parser.add_argument("--mergekit", action="append", default=[], metavar="DIR", help="where mergekit is installed")
+    parser.add_argument("--timeout-s", type=float, metavar="S", help="end a run of mergekit after so long (no limit)")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=args.folder, prefix="merge-benchmark-") as name:
-        folder = Path(name)
-        if shutil.disk_usage(folder).free < 12e9:
-            sys.exit(f"{folder}: 12 GB of free disk are needed; name another place with --folder")
-        say("writing a base and two adapters")
-        python(MAKE, str(folder), str(args.layers))
-        sizes = json.loads((folder / "sizes.json").read_text())
+    wanted = args.only or ROWS
+    with place(args) as folder:
         print(f"{CORES} cores, {THREADS} threads a process")
-        show_pass(folder, sizes["adapted"], sizes["total"])
+        if "pass" in wanted:
+            sizes = json.loads((folder / "sizes.json").read_text())
+            show_pass(folder, sizes["adapted"], sizes["total"])
         print(f"\n{'':<34}{'wall':>10}{'CPU':>11}{'peak':>11}   times ours: wall, CPU, peak")
-        lean(folder)
-        if not args.mergekit and importlib.util.find_spec("mergekit") is None:
+        if "layerwise" in wanted:
+            lean(folder)
+        if "peft" in wanted:
+            baked_in(folder)
+        methods = [method for method in METHODS if method in wanted]
+        if methods and not args.mergekit and importlib.util.find_spec("mergekit") is None:
             return print("no mergekit: name where it is with --mergekit (--help says how to install it)")
-        compare(folder, args.mergekit)
+        compare(folder, methods, args)
 
 
 def lean(folder: Path) -> None:
-    """What a start alone takes, the layer-based merge, and one adapter baked into the weights beside peft."""
+    """What a start alone takes, and the layer-based merge to an adapter."""
     say("start, layerwise, sweep")
     start = python(START)
     row("start", start)
@@ -286,6 +333,10 @@ def lean(folder: Path) -> None:
     base_gb = (folder / "base/model.safetensors").stat().st_size / 1e9
     print(f"  of a base of {base_gb:.2f} GB it held {chosen.peak_gb - start.peak_gb:.2f} GB more than a mere start")
     row("ours, layerwise, sweep of 5", ours(folder, 1, "--sweep", "0.1,0.3,0.5,0.7,0.9"))
+
+
+def baked_in(folder: Path) -> None:
+    """One adapter baked into the weights, ours and peft's."""
     say("one adapter baked in, ours and peft's")
     one = dense(folder, 1, "--method", "cat")
     row("ours, one adapter baked in", one)
@@ -294,18 +345,19 @@ def lean(folder: Path) -> None:
     row("peft merge_and_unload, save", baked, one)
 
 
-def compare(folder: Path, where: list[str]) -> None:
-    """Both on the same methods."""
-    say("baking both adapters for mergekit")
-    bake(folder)
+def compare(folder: Path, methods: list[str], args: argparse.Namespace) -> None:
+    """Ours and mergekit on the same methods."""
+    if methods:
+        say("baking both adapters for mergekit")
+        bake(folder)
     weights = ("--weight", "0.5", "--weight", "0.5")
-    for method in ("linear", "task_arithmetic", "ties"):
+    for method in methods:
         flags = ("--density", str(DENSITY)) if method == "ties" else ()
         say(f"{method}, ours")
         used = dense(folder, 2, "--method", method.replace("_", "-"), *weights, *flags)
         row(f"ours, {method}", used)
         say(f"{method}, mergekit")
-        row(f"mergekit, {method}", mergekit(folder, method, where), used, aims=True)
+        row(f"mergekit, {method}", mergekit(folder, method, args.mergekit, args.timeout_s), used, aims=True)
 
 
 if __name__ == "__main__":

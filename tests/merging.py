@@ -15,6 +15,7 @@ from cogvlm_hpe.merge.base import Base
 from cogvlm_hpe.merge.factors import read_adapter
 from cogvlm_hpe.model.fingerprint import fingerprint
 from cogvlm_hpe.model.weights import open_weights
+from launcher.comm import single
 
 TARGETS = ["query_key_value", "dense", "up_proj"]
 
@@ -83,7 +84,8 @@ def choose(base: Base, adapters: list[Path], **said: object) -> list[tuple[str, 
     """What a merge would write: each result with its name."""
     settings = known.Settings(base=str(base.path), adapter=adapters, out=Path("unwritten"), **said)
     known.check(settings)
-    return methods.merge(settings, base, [read_adapter(path) for path in adapters])
+    read, comm = [read_adapter(path) for path in adapters], single()
+    return methods.merge(settings, base, read, methods.compare(settings, base, read, comm), comm)
 
 
 def run(base: Base, adapters: list[Path], out: Path, *flags: str) -> int:

@@ -22,9 +22,9 @@ methods, exact on the factors (any --output):
 methods on single elements, with --density (--output hf or sat, or --rank N for the nearest adapter):
   ties, dare-linear, dare-ties, magnitude-prune, breadcrumbs
 
-Under mpirun the files of --output hf and sat are shared out over the ranks. An interrupted one goes on where it was
-when the same command is given again. A YAML file given as --config holds the same keys with _ for -; flags win.
-One to copy and edit: cogvlm_hpe/configs/merge.yaml.
+Under mpirun the layers that are compared or brought to a low rank and the files of --output hf and sat are shared out
+over the ranks. Interrupted, hf and sat go on where they were when the same command is given again. A YAML file given as
+--config holds the same keys with _ for -; flags win. One to copy and edit: cogvlm_hpe/configs/merge.yaml.
 """
 _LOG_WIDTH = 130
 _WORST_SHOWN = 5

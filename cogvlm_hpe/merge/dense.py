@@ -4,12 +4,13 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cogvlm_hpe.merge.methods import Changes, LowRank, Merged
+from cogvlm_hpe.merge.methods import Changes, Merged
 from cogvlm_hpe.merge.settings import Settings
 from cogvlm_hpe.model import convert, sat
 from cogvlm_hpe.model.folders import HF_CONFIG, SAT_CONFIG
@@ -27,32 +28,36 @@ if TYPE_CHECKING:
 
 _RECIPE = "recipe.json"
 _LOSSES = ".losses.json"
-_SAMPLED_ROWS = 64
+SAMPLED_ROWS = 64
 
 
-def expected_losses(base: Weights, changes: LowRank) -> dict[str, float]:
-    """Layer → ‖rounding error‖ / ‖change‖ on some rows of it: what writing would lose, known before it."""
+def expected_losses(base: Weights, changes: Changes) -> dict[str, float]:
+    """Layer → ‖rounding error‖ / ‖change‖ on some rows of it: what writing would lose, known before it.
+
+    Methods on single elements take their densities among these rows.
+    """
     out = {}
-    for layer, factor in sorted(changes.factors.items()):
-        n_out, n_in = len(factor.b), factor.a.shape[1]
-        first = max(0, n_out - _SAMPLED_ROWS) // 2
-        last = min(n_out, first + _SAMPLED_ROWS)
+    for layer, (n_out, n_in) in sorted(changes.shapes().items()):
+        first = max(0, n_out - SAMPLED_ROWS) // 2
+        last = min(n_out, first + SAMPLED_ROWS)
         rows = base.flat(f"{layer}.weight", first * n_in, last * n_in).reshape(-1, n_in)
-        change = (factor.b[first:last].double() @ factor.a.double()).mul_(factor.scale)
+        change = changes.sample(layer, first, last).double()
         size, exact = squares(change), change.add_(rows)
+        base.forget(f"{layer}.weight")
         out[layer] = (squares(exact.sub_(exact.to(rows.dtype))) / size) ** 0.5 if size else 0.0
     return out
 
 
 def _foretell(base: Weights, changes: Changes) -> None:
-    losses = expected_losses(base, changes) if isinstance(changes, LowRank) else {}
-    if losses:
-        worst, typical = max(losses, key=lambda layer: losses[layer]), sorted(losses.values())[len(losses) // 2]
-        print(
-            f"rounding will lose about {typical:.1%} of a layer's change (median), {losses[worst]:.1%} of {worst}; "
-            "an adapter (--output adapter) loses nothing",
-            flush=True,
-        )
+    losses = expected_losses(base, changes)
+    if not losses:
+        return
+    lines = [f"rounding will lose of each layer's change, as {SAMPLED_ROWS} rows of it say:"]
+    lines += [f"  {loss:7.2%}  {layer}" for layer, loss in losses.items()]
+    typical = sorted(losses.values())[len(losses) // 2]
+    print(
+        "\n".join([*lines, f"  {typical:7.2%}  in the middle; an adapter (--output adapter) loses nothing"]), flush=True
+    )
 
 
 Job = Callable[[Path, Callable[[], None]], None]
@@ -83,12 +88,14 @@ def write(
         _begin(unfinished, merged.record | {"output": settings.output, "files": list(form.files)}, weights)
     comm.barrier()
     mine = list(form.files.items())[comm.rank :: comm.size]
-    with Progress(comm).bar("write tensors", sum(count for _, (count, _) in mine)) as bar:
+    with Progress(comm).bar("write tensors", sum(count for _, (count, _) in mine)) as bar, _Sealer() as sealer:
         for file, (count, job) in mine:
             if (unfinished / file).exists():
                 bar.advance(count)
-            else:
-                _write_file(unfinished / file, job, bar.advance, weights)
+                continue
+            weights.losses.clear()
+            job(_temporary(unfinished / file), bar.advance)
+            sealer.seal(unfinished / file, dict(weights.losses))
     gathered = comm.gather([_read_losses(unfinished / file) for file, _ in mine])
     losses = {layer: loss for found in gathered or [] for part in found for layer, loss in part.items()}
     if comm.rank == 0:
@@ -119,15 +126,38 @@ def _begin(folder: Path, recipe: dict[str, Any], weights: Weights) -> None:
     write_json_atomic(path, recipe)
 
 
-def _write_file(path: Path, job: Job, done: Callable[[], None], weights: TunedWeights) -> None:
-    """Under another name until it is whole and durable; what rounding lost in it lies beside it."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    weights.losses.clear()
-    job(temporary, done)
-    with temporary.open("rb") as file:
+def _temporary(path: Path) -> Path:
+    """The name of a file until it is whole and durable."""
+    return path.with_name(f"{path.name}.tmp")
+
+
+class _Sealer:
+    """Makes files durable, gives them their names and puts beside them what rounding lost; while others are written."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1)
+        self._last: Future[None] | None = None
+
+    def __enter__(self) -> "_Sealer":
+        return self
+
+    def seal(self, path: Path, losses: Mapping[str, float]) -> None:
+        """Begin to; the one before is finished first, so that the disk is at most one file behind."""
+        if self._last:
+            self._last.result()
+        self._last = self._thread.submit(_seal, path, losses)
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown()
+        if self._last:
+            self._last.result()
+
+
+def _seal(path: Path, losses: Mapping[str, float]) -> None:
+    with _temporary(path).open("rb") as file:
         os.fsync(file.fileno())
-    write_json_atomic(path.with_name(path.name + _LOSSES), weights.losses)
-    os.replace(temporary, path)
+    write_json_atomic(path.with_name(path.name + _LOSSES), losses)
+    os.replace(_temporary(path), path)
 
 
 def _read_losses(path: Path) -> dict[str, float]:

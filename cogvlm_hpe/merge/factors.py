@@ -46,6 +46,10 @@ class Factor:
         """r."""
         return self.a.shape[0]
 
+    def rows(self, first: int, last: int) -> "Factor":
+        """What it adds to rows [first, last) of the weight."""
+        return Factor(self.a, self.b[first:last], self.scale)
+
     def delta(self) -> torch.Tensor:
         """(n_out, n_in) float64, dense: for small layers and checks only."""
         return self.scale * (self.b.double() @ self.a.double())

@@ -17,6 +17,7 @@ import numpy as np
 from cogvlm_hpe.merge.base import Base
 from cogvlm_hpe.merge.factors import Factor, Factors
 from cogvlm_hpe.merge.products import Products, base_and_tuned, of_changes
+from launcher.comm import Comm
 from launcher.errors import UserError
 
 Granularity = Literal["projection", "module", "block"]
@@ -47,9 +48,9 @@ def group_of(layer: str, granularity: Granularity) -> str:
     return ".".join(parts[: numbers[0] + 1]) if numbers else layer
 
 
-def similarities(base: Base, factors: Factors, granularity: Granularity) -> dict[str, float]:
-    """Cosine of original and tuned weight of each group; the base is read once. Raises UserError on NaN."""
-    return _cosines(base_and_tuned(base, factors), granularity)
+def similarities(base: Base, factors: Factors, granularity: Granularity, comm: Comm | None = None) -> dict[str, float]:
+    """All ranks. Cosine of original and tuned weight of each group; the base is read once. Raises UserError on NaN."""
+    return _cosines(base_and_tuned(base, factors, comm), granularity)
 
 
 def similarities_of_two(first: Factors, second: Factors, granularity: Granularity) -> dict[str, float]:

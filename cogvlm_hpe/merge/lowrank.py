@@ -5,21 +5,26 @@ from torch import Tensor
 
 from cogvlm_hpe.merge.factors import Factor, Factors
 from cogvlm_hpe.merge.methods import Changes
+from cogvlm_hpe.merge.sharing import share_of
+from launcher.comm import Comm
 from launcher.progress import track
 
 _OVERSAMPLING = 16
 _ITERATIONS = 6
 
 
-def nearest(changes: Changes, rank: int) -> tuple[Factors, dict[str, float]]:
-    """Factors of at most `rank` for each layer, and what is lost of each: ‖ΔW - BA‖ / ‖ΔW‖.
+def nearest(changes: Changes, rank: int, comm: Comm) -> tuple[Factors, dict[str, float]]:
+    """All ranks. On rank 0, factors of at most `rank` for each layer and what is lost of each: ‖ΔW - BA‖ / ‖ΔW‖.
 
-    A rank that reaches the layer's smaller side keeps it exactly.
+    The layers are shared out over the ranks. A rank that reaches the layer's smaller side keeps it exactly.
     """
-    factors, losses = {}, {}
-    for layer in track(changes.layers(), "factorise"):
-        factors[layer], losses[layer] = _nearest(changes.change(layer), rank)
-    return factors, losses
+    sizes = {layer: n_out * n_in for layer, (n_out, n_in) in changes.shapes().items()}
+    mine = {}
+    for layer in track(share_of(sizes, comm), "factorise", comm=comm):
+        mine[layer] = _nearest(changes.change(layer), rank)
+    found = {layer: both for part in comm.gather(mine) or [] for layer, both in part.items()}
+    layers = sorted(found)
+    return {layer: found[layer][0] for layer in layers}, {layer: found[layer][1] for layer in layers}
 
 
 def _nearest(change: Tensor, rank: int) -> tuple[Factor, float]:

@@ -1,12 +1,14 @@
 """From settings and adapters to the merged change of every layer: as factors where that is exact, else dense."""
 
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from importlib import metadata
 from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor
 
 from cogvlm_hpe.merge import arithmetic, layerwise, sparse
@@ -16,19 +18,31 @@ from cogvlm_hpe.merge.factors import ADAPTER_TENSORS, Adapter, Factors
 from cogvlm_hpe.merge.layerwise import Choice, Granularity, Keep
 from cogvlm_hpe.merge.settings import DARE, DEFAULTS, ELEMENTWISE, Settings
 from cogvlm_hpe.model.fingerprint import fingerprint
-from cogvlm_hpe.model.tuned import Changes as Blocks
+from cogvlm_hpe.model.threads import in_order
+from cogvlm_hpe.model.tuned import Changes as ByRows
+from cogvlm_hpe.model.tuned import Rows
+from launcher.comm import Comm
 from launcher.errors import UsageError, UserError
 from launcher.files import sha256
 
 _RECORDED = ("density", "gamma", "seed", "t", "layer_weight")
+_BLOCK_ELEMENTS = 2**18  # 1 MiB of float32
 _PACKAGES = ("cogvlm-hpe", "torch", "numpy", "peft", "safetensors")
 
 
-class Changes(Blocks, Protocol):
+class Changes(ByRows, Protocol):
     """The merged change of every adapted layer."""
 
     def change(self, layer: str) -> Tensor:
         """(n_out, n_in) float32, the caller's own."""
+        ...
+
+    def sample(self, layer: str, first: int, last: int) -> Tensor:
+        """Rows [first, last) as they would be if the layer had no others."""
+        ...
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Layer → (n_out, n_in)."""
         ...
 
 
@@ -44,14 +58,21 @@ class LowRank:
 
     def change(self, layer: str) -> Tensor:
         """(n_out, n_in) float32."""
-        return next(self.blocks(layer, len(self.factors[layer].b)))
+        return self.sample(layer, 0, len(self.factors[layer].b))
 
-    def blocks(self, layer: str, rows: int) -> Iterator[Tensor]:
-        """(at most `rows`, n_in) float32 each."""
+    def rows_of(self, layer: str) -> Rows:
+        """float32, made of the factors when asked for."""
         factor = self.factors[layer]
-        a = factor.a.float()
-        for b in factor.b.float().split(rows):
-            yield (b @ a).mul_(factor.scale)
+        a, b = factor.a.float(), factor.b.float()
+        return lambda first, last: (b[first:last] @ a).mul_(factor.scale)
+
+    def sample(self, layer: str, first: int, last: int) -> Tensor:
+        """(last - first, n_in) float32; rows do not depend on each other."""
+        return self.rows_of(layer)(first, last)
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Layer → (n_out, n_in)."""
+        return {layer: (len(factor.b), factor.a.shape[1]) for layer, factor in self.factors.items()}
 
 
 @dataclass(frozen=True)
@@ -68,15 +89,34 @@ class Elementwise:
         return sorted({layer for part in self.parts for layer in part})
 
     def change(self, layer: str) -> Tensor:
-        """(n_out, n_in) float32; an adapter that lacks the layer has no part in it."""
-        held = [number for number, part in enumerate(self.parts) if layer in part]
-        changes = [LowRank(self.parts[number]).change(layer) for number in held]
-        weights = [self.weights[number][layer] for number in held]
-        return sparse.METHODS[self.method](changes, weights, self.sparsity, [f"{layer} {number}" for number in held])
+        """(n_out, n_in) float32."""
+        rows, out = self.rows_of(layer), torch.empty(self.shapes()[layer])
+        blocks = out.split(max(1, _BLOCK_ELEMENTS // out.shape[1]))
+        starts = list(itertools.accumulate((len(block) for block in blocks), initial=0))
+        for block, joined in zip(blocks, in_order(lambda ends: rows(*ends), itertools.pairwise(starts)), strict=True):
+            block.copy_(joined)
+        return out
 
-    def blocks(self, layer: str, rows: int) -> Iterator[Tensor]:
-        """(at most `rows`, n_in) float32 each."""
-        return iter(self.change(layer).split(rows))
+    def rows_of(self, layer: str) -> Rows:
+        """float32; an adapter that lacks the layer has no part in it. Adapters are thinned out side by side."""
+        held = [number for number, part in enumerate(self.parts) if layer in part]
+        weights = [self.weights[number][layer] for number in held]
+        method = sparse.METHODS[self.method]
+
+        def thinned(number: int) -> Tensor:
+            return method.thin(LowRank(self.parts[number]).change(layer), self.sparsity, f"{layer} {number}")
+
+        changes = list(in_order(thinned, held))
+        return lambda first, last: method.join([change[first:last] for change in changes], weights)
+
+    def sample(self, layer: str, first: int, last: int) -> Tensor:
+        """(last - first, n_in) float32, with the densities among these rows alone."""
+        parts = [{layer: part[layer].rows(first, last)} if layer in part else {} for part in self.parts]
+        return replace(self, parts=parts).change(layer)
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Layer → (n_out, n_in)."""
+        return {layer: shape for part in self.parts for layer, shape in LowRank(part).shapes().items()}
 
 
 @dataclass(frozen=True)
@@ -88,16 +128,31 @@ class Merged:
     choices: list[Choice] = field(default_factory=list)
 
 
-def merge(settings: Settings, base: Base, adapters: Sequence[Adapter]) -> list[tuple[str, Merged]]:
-    """The merge, or every candidate of a sweep with its name. Raises UserError where adapters and base do not fit."""
-    check_together(adapters)
-    for adapter in adapters:
-        check_fingerprint(base, adapter)
-        base.check(adapter.factors)
-    record = _record(settings, base, adapters)
+def merge(
+    settings: Settings, base: Base, adapters: Sequence[Adapter], record: dict[str, Any], comm: Comm
+) -> list[tuple[str, Merged]]:
+    """All ranks. The merge, or every candidate of a sweep with its name; the layers of the base are shared out.
+
+    `record` is what `compare` gave.
+    """
     if settings.method == "layerwise":
-        return _layerwise(settings, base, adapters, record)
+        return _layerwise(settings, base, adapters, record, comm)
     return [("", Merged(_changes(settings, adapters), record))]
+
+
+def compare(settings: Settings, base: Base, adapters: Sequence[Adapter], comm: Comm) -> dict[str, Any]:
+    """All ranks; the first one looks. What is merged and how, for the record.
+
+    Raises UserError where adapters and base do not fit together.
+    """
+    record = {}
+    if comm.rank == 0:
+        check_together(adapters)
+        for adapter in adapters:
+            check_fingerprint(base, adapter)
+            base.check(adapter.factors)
+        record = _record(settings, base, adapters)
+    return comm.broadcast(record)
 
 
 def _record(settings: Settings, base: Base, adapters: Sequence[Adapter]) -> dict[str, Any]:
@@ -169,14 +224,14 @@ def _pattern(said: str, count: int) -> tuple[str, list[float]]:
 
 
 def _layerwise(
-    settings: Settings, base: Base, adapters: Sequence[Adapter], record: dict[str, Any]
+    settings: Settings, base: Base, adapters: Sequence[Adapter], record: dict[str, Any], comm: Comm
 ) -> list[tuple[str, Merged]]:
     granularity = cast(Granularity, settings.granularity)
     tuned, rest = adapters[-1].factors, adapters[0].factors if len(adapters) == 2 else {}
     if rest:
         found = layerwise.similarities_of_two(rest, tuned, granularity)
     else:
-        found = layerwise.similarities(base, tuned, granularity)
+        found = layerwise.similarities(base, tuned, granularity, comm)
     wanted: list[tuple[str, float | None, float | None]]
     wanted = [(f"quantile-{value:.15g}", None, value) for value in settings.sweep]
     wanted += [(f"threshold-{value:.15g}", value, None) for value in settings.sweep_thresholds]

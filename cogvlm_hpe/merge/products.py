@@ -1,19 +1,19 @@
 """Inner products of weights and of their changes, exact in float64, from the factors: no B·A is ever formed."""
 
 import math
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from cogvlm_hpe.merge.base import Base, will_need
 from cogvlm_hpe.merge.factors import Factor, Factors
+from cogvlm_hpe.merge.sharing import share_of, sizes_of
+from cogvlm_hpe.model.threads import in_order
+from launcher.comm import Comm, single
 from launcher.progress import track
 
-_READ_ELEMENTS = 2**23  # 16 MiB of bf16: one piece of work
+READ_ELEMENTS = 2**23  # 16 MiB of bf16: one piece of work
 _STEP_ELEMENTS = 2**17  # 1 MiB of float64: fits a core's own cache
 
 
@@ -49,13 +49,20 @@ def of_changes(one: Factor, other: Factor) -> Products:
     return Products(inner(one, one), inner(one, other), inner(other, other))
 
 
-def base_and_tuned(base: Base, factors: Factors) -> dict[str, Products]:
-    """W0 and W0 + ΔW of every layer, in name order. The base is read once, spread over torch's number of threads.
+def base_and_tuned(base: Base, factors: Factors, comm: Comm | None = None) -> dict[str, Products]:
+    """All ranks. W0 and W0 + ΔW of every layer, in name order; the base is read once, its layers shared out.
 
-    The sums are taken in one order: the same bits for any number of threads. Raises UserError where the base lacks a
-    layer of the adapter or has it in another shape.
+    A rank works on torch's number of threads. The sums are taken in one order: the same bits for any number of threads
+    and ranks. Raises UserError where the base lacks a layer of the adapter or has it in another shape.
     """
     base.check(factors)
+    comm = comm or single()
+    found = comm.gather(_of_layers(base, {layer: factors[layer] for layer in share_of(sizes_of(factors), comm)}))
+    whole = comm.broadcast({layer: products for part in found or [] for layer, products in part.items()})
+    return {layer: whole[layer] for layer in sorted(whole)}
+
+
+def _of_layers(base: Base, factors: Factors) -> dict[str, Products]:
     sums = dict.fromkeys(sorted(factors), (0.0, 0.0))
     for layer, squares, cross in _sums(base, factors):
         sums[layer] = (sums[layer][0] + squares, sums[layer][1] + cross)
@@ -69,31 +76,28 @@ def _products(factor: Factor, squares: float, cross: float) -> Products:
 
 def _sums(base: Base, factors: Factors) -> Iterator[tuple[str, float, float]]:
     """(layer, ⟨W0, W0⟩, ⟨W0, BA⟩ without the scale) of each piece, in order; read ahead, worked on side by side."""
-    workers = torch.get_num_threads()
-    waiting: deque[tuple[str, bool, Future[tuple[float, float]]]] = deque()
-    with _one_thread_each(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+
+    def fetched() -> Iterator[tuple[str, int, int, torch.Tensor]]:
         for layer, first, last in track(list(_pieces(factors)), "read base"):
-            factor = factors[layer]
             rows = base.rows(layer, first, last)
             will_need(rows)
-            done = pool.submit(piece, rows, factor.a.double(), factor.b[first:last].double())
-            waiting.append((layer, last == len(factor.b), done))
-            if len(waiting) > 2 * workers:
-                yield _taken(base, *waiting.popleft())
-        while waiting:
-            yield _taken(base, *waiting.popleft())
+            yield layer, first, last, rows
 
+    def summed(job: tuple[str, int, int, torch.Tensor]) -> tuple[str, bool, float, float]:
+        layer, first, last, rows = job
+        factor = factors[layer]
+        squares, cross = piece(rows, factor.a.double(), factor.b[first:last].double())
+        return layer, last == len(factor.b), squares, cross
 
-def _taken(base: Base, layer: str, is_last: bool, done: Future[tuple[float, float]]) -> tuple[str, float, float]:
-    squares, cross = done.result()
-    if is_last:
-        base.forget(layer)
-    return layer, squares, cross
+    for layer, is_last, squares, cross in in_order(summed, fetched()):
+        if is_last:
+            base.forget(layer)
+        yield layer, squares, cross
 
 
 def _pieces(factors: Factors) -> Iterator[tuple[str, int, int]]:
     for layer, factor in sorted(factors.items()):
-        n_out, step = len(factor.b), max(1, _READ_ELEMENTS // factor.a.shape[1])
+        n_out, step = len(factor.b), max(1, READ_ELEMENTS // factor.a.shape[1])
         for first in range(0, n_out, step):
             yield layer, first, min(n_out, first + step)
 
@@ -113,14 +117,3 @@ def piece(rows: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[float, 
         squares += float(torch.dot(flat, flat))
         columns.addmm_(b[start : start + step].T, block)
     return squares, float(columns.mul_(a).sum())
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """BLAS inside the pool's threads must not open threads of its own: slower, and another order of sums."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

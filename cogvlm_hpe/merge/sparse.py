@@ -1,12 +1,14 @@
 """Merges that look at each element of the changes, so their result has full rank: TIES, DARE, pruning, breadcrumbs.
 
-A change is a dense tensor of one layer, float32 or wider, one for each adapter; what is returned may reuse its memory.
+A change is a dense tensor of one layer, float32 or wider, one for each adapter. First each is thinned out, on its own;
+what that returns may reuse its memory. Then they are joined, element by element, in any pieces.
 Densities are shares of a layer's elements. docs/merging.md tells where mergekit and peft differ.
 """
 
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -41,7 +43,7 @@ def kept_largest(change: Tensor, count: int) -> Tensor:
     return torch.from_numpy(mask).view(change.shape)
 
 
-def trimmed(change: Tensor, sparsity: Sparsity) -> Tensor:
+def trimmed(change: Tensor, sparsity: Sparsity, name: str = "") -> Tensor:
     """The largest elements (TIES, arXiv 2306.01708, step 1), as many as the density says but at least one."""
     if sparsity.density >= 1.0:
         return change
@@ -49,7 +51,7 @@ def trimmed(change: Tensor, sparsity: Sparsity) -> Tensor:
     return change.masked_fill_(kept.logical_not_(), 0.0)
 
 
-def crumbs(change: Tensor, sparsity: Sparsity) -> Tensor:
+def crumbs(change: Tensor, sparsity: Sparsity, name: str = "") -> Tensor:
     """Without the largest and the smallest elements (model breadcrumbs, arXiv 2312.06795).
 
     The share `gamma` of largest ones goes, as far as `density` of all can still stay below them.
@@ -82,9 +84,9 @@ def elected(changes: Sequence[Tensor], weights: Sequence[float], mean: bool) -> 
     The sign is that of the sum of the *weighted* changes, + where it is 0; a change of 0 has no vote and no share.
     """
     step = max(1, _BLOCK_ELEMENTS // changes[0].shape[-1])
-    for parts in zip(*(change.split(step) for change in changes), strict=True):
-        parts[0].copy_(_elected(parts, weights, mean))
-    return changes[0]
+    return torch.cat(
+        [_elected(parts, weights, mean) for parts in zip(*(change.split(step) for change in changes), strict=True)]
+    )
 
 
 def _elected(changes: Sequence[Tensor], weights: Sequence[float], mean: bool) -> Tensor:
@@ -106,37 +108,19 @@ def weighted(changes: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return total
 
 
-Method = Callable[[Sequence[Tensor], Sequence[float], Sparsity, Sequence[str]], Tensor]
-"""(changes, weights, sparsity, a name for each change that no other change has) → the merged change."""
+@dataclass(frozen=True)
+class Method:
+    """How each change is thinned out, given a name that no other change has, and how all are joined by weight."""
 
-
-def _ties(changes: Sequence[Tensor], weights: Sequence[float], sparsity: Sparsity, names: Sequence[str]) -> Tensor:
-    return elected([trimmed(change, sparsity) for change in changes], weights, mean=True)
-
-
-def _prune(changes: Sequence[Tensor], weights: Sequence[float], sparsity: Sparsity, names: Sequence[str]) -> Tensor:
-    return weighted([trimmed(change, sparsity) for change in changes], weights)
-
-
-def _crumbs(changes: Sequence[Tensor], weights: Sequence[float], sparsity: Sparsity, names: Sequence[str]) -> Tensor:
-    return weighted([crumbs(change, sparsity) for change in changes], weights)
-
-
-def _dare(changes: Sequence[Tensor], weights: Sequence[float], sparsity: Sparsity, names: Sequence[str]) -> Tensor:
-    parts = [dropped(change, sparsity, name) for change, name in zip(changes, names, strict=True)]
-    return weighted(parts, weights)
-
-
-def _dare_ties(changes: Sequence[Tensor], weights: Sequence[float], sparsity: Sparsity, names: Sequence[str]) -> Tensor:
-    parts = [dropped(change, sparsity, name) for change, name in zip(changes, names, strict=True)]
-    return elected(parts, weights, mean=False)
+    thin: Callable[[Tensor, Sparsity, str], Tensor]
+    join: Callable[[Sequence[Tensor], Sequence[float]], Tensor]
 
 
 METHODS: dict[str, Method] = {
-    "ties": _ties,
-    "dare-linear": _dare,
-    "dare-ties": _dare_ties,
-    "magnitude-prune": _prune,
-    "breadcrumbs": _crumbs,
+    "ties": Method(trimmed, partial(elected, mean=True)),
+    "dare-linear": Method(dropped, weighted),
+    "dare-ties": Method(dropped, partial(elected, mean=False)),
+    "magnitude-prune": Method(trimmed, weighted),
+    "breadcrumbs": Method(crumbs, weighted),
 }
 ELECTING = ("ties", "dare-ties")

@@ -7,8 +7,9 @@ from typing import Any
 
 from cogvlm_hpe.merge import dense, lowrank, methods, report, scope
 from cogvlm_hpe.merge.base import Base
-from cogvlm_hpe.merge.factors import Adapter, read_adapter, write_adapter, write_notes
-from cogvlm_hpe.merge.methods import Elementwise, LowRank, Merged
+from cogvlm_hpe.merge.factors import Adapter, Factors, read_adapter, write_adapter, write_notes
+from cogvlm_hpe.merge.memory import Watch, bound_bytes
+from cogvlm_hpe.merge.methods import LowRank, Merged
 from cogvlm_hpe.merge.settings import ELEMENTWISE, Settings
 from launcher.comm import Comm
 from launcher.errors import UserError
@@ -19,28 +20,34 @@ _SCOPE = "scope"
 
 @dataclass(frozen=True)
 class Job:
-    """A merge that is ready to be written: settings, inputs, and each result with its name."""
+    """A merge that is ready to be written: settings, inputs, each result with its name, and memory since the start."""
 
     settings: Settings
     base: Base
     adapters: list[Adapter]
     results: list[tuple[str, Merged]]
+    watch: Watch
 
 
 def prepare(settings: Settings, comm: Comm) -> Job:
-    """All ranks. Read, compare and choose, by settings that `settings.check` passed; rank 0 does it and tells the rest.
+    """All ranks. Read, compare and choose, by settings that `settings.check` passed.
 
     Raises UserError for adapters and bases that do not fit together.
     """
     from cogvlm_hpe.model.folders import resolve_base
 
+    watch = Watch()
     base, adapters = Base(resolve_base(settings.base)), [read_adapter(path) for path in settings.adapter]
     _check_scope(settings, adapters[0])
-    results = comm.broadcast(methods.merge(settings, base, adapters) if comm.rank == 0 else None)
+    compared = methods.compare(settings, base, adapters, comm)
+    if comm.rank == 0:
+        bound_mb, own_mb = bound_bytes(settings, base, adapters) / 1e6, watch.start_bytes / 1e6
+        print(f"memory: at most {bound_mb:.0f} MB a rank beside the program's own {own_mb:.0f} MB", flush=True)
+    results = methods.merge(settings, base, adapters, compared, comm)
     if settings.output == "adapter" and settings.rank is None:
-        for _, merged in results or []:
+        for _, merged in results:
             methods.factors_of(merged.changes)
-    return Job(settings, base, adapters, results or [])
+    return Job(settings, base, adapters, results, watch)
 
 
 def _check_scope(settings: Settings, adapter: Adapter) -> None:
@@ -70,45 +77,52 @@ def write(job: Job, comm: Comm) -> list[tuple[str, Merged, dict[str, float]]]:
     Raises UserError where the output exists, the disk is too small or a tensor is not finite.
     """
     if job.settings.output != "adapter":
-        return [_write_dense(job, merged, comm) for _, merged in job.results]
-    written = []
+        written = [_write_dense(job, merged, comm) for _, merged in job.results]
+    elif job.settings.sweeps:
+        written = _write_sweep(job) if comm.rank == 0 else []
+    else:
+        written = [_write_one(job, comm)]
+    took_mb = comm.max(job.watch.stop()) / 1e6
     if comm.rank == 0:
-        written = _write_sweep(job) if job.settings.sweeps else [_write_one(job)]
-    comm.barrier()
+        print(f"memory: {took_mb:.0f} MB were needed beside the program's own, in the rank that needed most")
     return written
 
 
-def _write_one(job: Job) -> tuple[str, Merged, dict[str, float]]:
+def _write_one(job: Job, comm: Comm) -> tuple[str, Merged, dict[str, float]]:
     [(name, merged)] = job.results
-    with atomic_folder(job.settings.out) as folder:
-        losses = _fill(folder, job, merged, job.settings.out.resolve().name)
+    record, rank = merged.record, job.settings.rank
+    losses: dict[str, float] = {}
+    if isinstance(merged.changes, LowRank):
+        factors = merged.changes.factors
+    else:
+        assert rank is not None, "prepare refuses an adapter of full rank"
+        factors, losses = lowrank.nearest(merged.changes, rank, comm)
+        record = record | {"rank": rank}
+    if comm.rank == 0:
+        with atomic_folder(job.settings.out) as folder:
+            _fill(folder, job, merged, job.settings.out.resolve().name, factors, record, losses)
     return name, merged, losses
 
 
 def _write_sweep(job: Job) -> list[tuple[str, Merged, dict[str, float]]]:
-    out = []
     with atomic_folder(job.settings.out) as folder:
         for name, merged in job.results:
             (folder / name).mkdir()
-            out.append((name, merged, _fill(folder / name, job, merged, name)))
+            _fill(folder / name, job, merged, name, methods.factors_of(merged.changes), merged.record, {})
         keys = ("threshold", "quantile", "keep", "granularity", "tuned", "layers_total")
         rows = [{"adapter": name} | {key: merged.record[key] for key in keys} for name, merged in job.results]
         write_json_atomic(folder / "sweep.json", rows)
         (folder / "sweep.md").write_text(report.sweep(rows), encoding="utf-8")
-    return out
+    return [(name, merged, {}) for name, merged in job.results]
 
 
-def _fill(folder: Path, job: Job, merged: Merged, name: str) -> dict[str, float]:
+def _fill(
+    folder: Path, job: Job, merged: Merged, name: str, factors: Factors, record: Mapping[str, Any],
+    losses: dict[str, float],
+) -> None:  # fmt: skip
     """One adapter and what explains it."""
-    losses: dict[str, float] = {}
-    factors = merged.changes.factors if isinstance(merged.changes, LowRank) else {}
-    record = merged.record
-    if isinstance(merged.changes, Elementwise) and job.settings.rank is not None:
-        factors, losses = lowrank.nearest(merged.changes, job.settings.rank)
-        record = record | {"rank": job.settings.rank}
     write_adapter(folder, factors, job.adapters[0], job.base.path.resolve(), record)
     _explain(folder, job, record, merged, name, report.Losses("low rank", losses))
-    return losses
 
 
 def _write_dense(job: Job, merged: Merged, comm: Comm) -> tuple[str, Merged, dict[str, float]]:
@@ -130,6 +144,7 @@ def _explain(
     folder: Path, job: Job, record: Mapping[str, Any], merged: Merged, name: str, losses: "report.Losses"
 ) -> None:
     """merge.json, merge.md, README.md; heatmap.png and its TensorBoard file if layers were chosen."""
+    job.watch.stop()  # what libraries that draw and write tables take is the program's own
     said = dict(record)
     layers = report.layer_rows(merged.choices, losses)
     write_json_atomic(folder / "merge.json", said | {"layers": layers})

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +16,10 @@ from cogvlm_hpe.model import sat
 from cogvlm_hpe.model.architecture import KEYS
 from cogvlm_hpe.model.fingerprint import fingerprint_of
 from cogvlm_hpe.model.folders import ADAPTER_CONFIG, HF_CONFIG, SAT_CONFIG, base_of, is_adapter
-from cogvlm_hpe.model.pickled import Entry, save_entries
+from cogvlm_hpe.model.pickled import save_entries
 from cogvlm_hpe.model.sat_lora import adapter_like, factors_of, pairs_of
 from cogvlm_hpe.model.sat_weights import LATEST, SatWeights, rank_file
+from cogvlm_hpe.model.stored import Entry, save_safetensors
 from cogvlm_hpe.model.tuned import TunedWeights
 from cogvlm_hpe.model.weights import Weights
 from launcher.errors import UsageError, UserError
@@ -122,16 +123,10 @@ def shard_plan(weights: Weights, max_shard_bytes: int) -> "StateDictSplit":
 
 
 def write_shard(weights: Weights, path: Path, names: list[str], done: Callable[[], None] = lambda: None) -> None:
-    """One safetensors file of a plan; `done` is called after each tensor is read."""
-    from safetensors.torch import save_file
-
-    rotary, shard = set(_rotary_names(weights)), {}
-    for name in names:
-        shard[name] = _rotary_table(weights) if name in rotary else _taken(weights, name)
-        done()
-    save_file(shard, path, metadata={"format": "pt"})
-    for name in shard.keys() - rotary:
-        weights.forget(name)
+    """One safetensors file of a plan; `done` is called after each tensor."""
+    rotary = set(_rotary_names(weights))
+    entries = [_rotary_entry(weights, name) if name in rotary else _entry(weights, name) for name in names]
+    save_safetensors(path, entries, done)
 
 
 def write_shard_index(folder: Path, plan: "StateDictSplit") -> None:
@@ -158,11 +153,14 @@ def _rotary_table(weights: Weights) -> torch.Tensor:
     return sat.inv_freq(weights.architecture).to(weights.dtype("lm_head.weight"))
 
 
-def _taken(weights: Weights, name: str) -> torch.Tensor:
-    """The tensor, without the pages it was put together from; a view of a file reads its own again when written."""
-    tensor = weights.read(name).contiguous()
-    weights.forget(name)
-    return tensor
+def _rotary_entry(weights: Weights, name: str) -> Entry:
+    table = _rotary_table(weights)
+    return Entry(name, tuple(table.shape), table.dtype, lambda: [table])
+
+
+def _entry(weights: Weights, name: str) -> Entry:
+    shape, dtype = weights.shape(name), weights.dtype(name)
+    return Entry(name, shape, dtype, partial(weights.pieces, name), partial(weights.forget, name))
 
 
 def write_sat(source: Source, out: Path, mp_size: int) -> None:
@@ -198,19 +196,24 @@ def write_sat(source: Source, out: Path, mp_size: int) -> None:
 def base_entries(weights: Weights, mp_rank: int, mp_size: int, adapted: set[str]) -> list[Entry]:
     """The tensors of one model-parallel file; `adapted` modules get the names they have below a LoRA."""
     vocab = weights.architecture.vocab_size
-    table = _rotary_table(weights)
-    entries = [Entry(sat.INV_FREQ, tuple(table.shape), table.dtype, lambda: table)]
+    entries = [_rotary_entry(weights, sat.INV_FREQ)]
     for name in weights.names():
         rule = sat.split_rule(name, vocab)
         module, _, suffix = name.rpartition(".")
         renamed = f"{sat.sat_module(module)}.original.{suffix}" if module in adapted else sat.sat_name(name)
-
-        def read(name: str = name, rule: sat.Rule = rule) -> torch.Tensor:
-            return sat.split(weights.read(name), rule, mp_rank, mp_size)
-
-        shape = sat.split_shape(weights.shape(name), rule, mp_size)
-        entries.append(Entry(renamed, shape, weights.dtype(name), read, partial(weights.forget, name)))
+        entry = replace(_entry(weights, name), name=renamed)
+        if mp_size > 1:
+            entry = replace(
+                entry,
+                shape=sat.split_shape(entry.shape, rule, mp_size),
+                pieces=partial(_part, weights, name, rule, mp_rank, mp_size),
+            )
+        entries.append(entry)
     return entries
+
+
+def _part(weights: Weights, name: str, rule: sat.Rule, mp_rank: int, mp_size: int) -> list[torch.Tensor]:
+    return [sat.split(weights.read(name), rule, mp_rank, mp_size)]
 
 
 def _lora_entries(pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]]) -> list[Entry]:
@@ -220,7 +223,7 @@ def _lora_entries(pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]]) -> 
         for part, pair in enumerate(found)
         for letter, tensor in zip("AB", pair, strict=True)
     ]
-    return [Entry(name, tuple(tensor.shape), tensor.dtype, tensor.detach) for name, tensor in named]
+    return [Entry(name, tuple(tensor.shape), tensor.dtype, partial(list, [tensor])) for name, tensor in named]
 
 
 def check_mp(weights: Weights, mp_size: int) -> None:

@@ -11,13 +11,13 @@ import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
-from torch import Tensor
 from torch._utils import _rebuild_tensor_v2
+
+from cogvlm_hpe.model.stored import Entry, write_entry
 
 _ALIGNMENT = 64
 _LOCAL_HEADER_BYTES = 30
@@ -31,45 +31,34 @@ _STORAGES = {
 }
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A tensor to write: what must be known at once, how to get it when its turn comes, and how to let go of it."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    read: Callable[[], Tensor]
-    forget: Callable[[], None] = lambda: None
-
-
 def save_entries(path: Path, key: str, entries: Sequence[Entry], done: Callable[[], None] = lambda: None) -> None:
     """Write `{key: {name: tensor, …}}` for `torch.load`; `done` is called after each, and its memory is given back.
 
-    Raises ValueError where a tensor is not of the shape and type its entry says.
+    Raises ValueError where a tensor is not of the size and type its entry says.
     """
     with path.open("wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         _write(archive, "data.pkl", _pickle(key, entries))
         for number, entry in enumerate(entries):
-            tensor = entry.read()
-            if tensor.shape != entry.shape or tensor.dtype != entry.dtype:
-                raise ValueError(f"{entry.name}: {tuple(tensor.shape)} {tensor.dtype}, not {entry.shape} {entry.dtype}")
-            values = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-            _write(archive, f"data/{number}", memoryview(values))
-            del tensor, values
-            entry.forget()
+            with _member(archive, f"data/{number}") as member:
+                write_entry(member, entry)
             done()
         _write(archive, "byteorder", sys.byteorder.encode())
         _write(archive, "version", b"3\n")
 
 
-def _write(archive: zipfile.ZipFile, name: str, data: Any) -> None:
+def _write(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
+    with _member(archive, name) as member:
+        member.write(data)
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
+    """A file in the archive, to be written at once; its bytes begin at a multiple of 64."""
     name = f"archive/{name}"
     info = zipfile.ZipInfo(name)
     start = archive.start_dir + _LOCAL_HEADER_BYTES + len(name) + _ZIP64_FIELD_BYTES + 4
     padding = -start % _ALIGNMENT
     info.extra = struct.pack("<HH", _PADDING_FIELD, padding) + bytes(padding)
-    with archive.open(info, "w", force_zip64=True) as member:
-        member.write(data)
+    return archive.open(info, "w", force_zip64=True)
 
 
 def _pickle(key: str, entries: Sequence[Entry]) -> bytes:

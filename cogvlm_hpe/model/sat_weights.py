@@ -10,14 +10,14 @@ from torch import Tensor
 from cogvlm_hpe.model.folders import SAT_CONFIG
 from cogvlm_hpe.model.sat import Rule, hf_module, hf_name, merge, merge_flat, read_sat_config, split_rule
 from cogvlm_hpe.model.unpickle import load_pickled
-from cogvlm_hpe.model.weights import WithConfig, drop_pages, state_dict
+from cogvlm_hpe.model.weights import AnyWeights, drop_pages, state_dict
 from launcher.errors import UserError
 
 LATEST = "latest"
 _LORA = re.compile(r"(?P<module>.+)\.matrix_(?P<letter>[AB])\.(?P<part>\d+)")
 
 
-class SatWeights(WithConfig):
+class SatWeights(AnyWeights):
     """A SAT folder under Hugging Face names; of an unmerged LoRA, the base, with the factors in `lora_parts`."""
 
     def __init__(self, folder: Path) -> None:

@@ -3,7 +3,7 @@
 import ctypes
 import mmap
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cogvlm_hpe.model.architecture import Architecture
 from cogvlm_hpe.model.folders import HF_CONFIG, SAT_CONFIG, read_json
+from cogvlm_hpe.model.stored import DTYPES
 from cogvlm_hpe.model.unpickle import load_pickled
 from launcher.errors import UserError
 
@@ -20,15 +21,6 @@ if TYPE_CHECKING:
     from cogvlm_hpe.model.configuration import CogVLMConfig
 
 _INV_FREQ = "rotary_emb.inv_freq"
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-}
 
 
 class Weights(Protocol):
@@ -56,6 +48,10 @@ class Weights(Protocol):
 
     def read(self, name: str) -> Tensor:
         """On the CPU; a view of the mapped file where the format allows: do not write into it."""
+        ...
+
+    def pieces(self, name: str) -> Iterable[Tensor]:
+        """What `read` gives in pieces, which together hold its elements in order."""
         ...
 
     def flat(self, name: str, start: int, stop: int) -> Tensor:
@@ -87,10 +83,18 @@ def open_weights(folder: Path) -> Weights:
     raise UserError(f"{folder}: no base model there; name a folder with {HF_CONFIG} or SAT's {SAT_CONFIG}")
 
 
-class WithConfig:
-    """What is read of a folder beside its tensors."""
+class AnyWeights:
+    """What is the same for all forms."""
 
     folder: Path
+
+    def read(self, name: str) -> Tensor:
+        """See Weights."""
+        raise NotImplementedError
+
+    def pieces(self, name: str) -> Iterable[Tensor]:
+        """The whole tensor as one."""
+        return [self.read(name)]
 
     @property
     def config(self) -> "CogVLMConfig":
@@ -128,7 +132,7 @@ def _read_hf_config(folder: Path) -> dict[str, Any]:
     return value
 
 
-class SafetensorsWeights(WithConfig):
+class SafetensorsWeights(AnyWeights):
     """Hugging Face form, safetensors; the files are mapped, and a tensor is a view of its file."""
 
     def __init__(self, folder: Path, architecture: Architecture, files: list[Path]) -> None:
@@ -153,9 +157,9 @@ class SafetensorsWeights(WithConfig):
     def dtype(self, name: str) -> torch.dtype:
         """From the file's table. Raises UserError for a type that no CogVLM has."""
         stored = self._file_of[name].get_slice(name).get_dtype()
-        if stored not in _DTYPES:
-            raise UserError(f"{self.folder}: {name} is stored as {stored}; expected one of {', '.join(_DTYPES)}")
-        return _DTYPES[stored]
+        if stored not in DTYPES:
+            raise UserError(f"{self.folder}: {name} is stored as {stored}; expected one of {', '.join(DTYPES)}")
+        return DTYPES[stored]
 
     def read(self, name: str) -> Tensor:
         """A view of the mapped file."""
@@ -170,7 +174,7 @@ class SafetensorsWeights(WithConfig):
         drop_pages(self.read(name))
 
 
-class MappedWeights(WithConfig):
+class MappedWeights(AnyWeights):
     """Hugging Face form, files written by torch.save; mapped too, unless they are older than torch 1.6."""
 
     def __init__(self, folder: Path, architecture: Architecture, files: list[Path]) -> None:

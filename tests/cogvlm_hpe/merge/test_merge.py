@@ -85,7 +85,7 @@ def test_scaling_is_exact_and_weight_zero_is_the_base(tmp_path: Path, base: Base
 
 @pytest.mark.parametrize("granularity", known.GRANULARITIES)
 def test_similarities_equal_dense_float64_cosines(tmp_path: Path, base: Base, granularity: str, monkeypatch) -> None:
-    monkeypatch.setattr("cogvlm_hpe.merge.products._READ_ELEMENTS", 24 * 7)  # several pieces a layer
+    monkeypatch.setattr("cogvlm_hpe.merge.products.READ_ELEMENTS", 24 * 7)  # several pieces a layer
     monkeypatch.setattr("cogvlm_hpe.merge.products._STEP_ELEMENTS", 24 * 3)  # several steps a piece
     adapter = factors.read_adapter(make_adapter(tmp_path / "a"))
     plain, tuned = make_tower().double().state_dict(), tuned_weights(adapter.path)
@@ -147,12 +147,15 @@ def test_the_folder_holds_all_its_files_and_carries_hpe_json_over(tmp_path: Path
     assert f"fingerprint `{fingerprint(base.path)}`" in card
 
 
-def test_the_same_merge_gives_the_same_bytes(tmp_path: Path, base: Base) -> None:
+@pytest.mark.parametrize(
+    ("flags", "files"), [([], 8), (["--method", "dare-ties", "--density", "0.5", "--rank", "6"], 6)]
+)
+def test_the_same_merge_gives_the_same_bytes(tmp_path: Path, base: Base, flags: list[str], files: int) -> None:
     path = make_adapter(tmp_path / "a")
     for parent in ("one", "two"):
-        run(base, [path], tmp_path / parent / "out")
+        run(base, [path], tmp_path / parent / "out", *flags)
     written = [file for file in (tmp_path / "one" / "out").rglob("*") if file.is_file()]
-    assert len(written) == 8
+    assert len(written) == files
     for file in written:
         assert file.read_bytes() == (tmp_path / "two" / file.relative_to(tmp_path / "one")).read_bytes(), file.name
 

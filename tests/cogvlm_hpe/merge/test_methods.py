@@ -106,10 +106,19 @@ def test_identity_merge(tmp_path: Path, base: Base, method: str, options: dict) 
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
+def joined(
+    method: str, changes: list[torch.Tensor], weights: list[float], sparsity: sparse.Sparsity, names: list[str]
+) -> torch.Tensor:
+    """A method from end to end on dense changes."""
+    how = sparse.METHODS[method]
+    thin = [how.thin(change.clone(), sparsity, name) for change, name in zip(changes, names, strict=True)]
+    return how.join(thin, weights)
+
+
 @pytest.mark.parametrize("method", ELEMENTWISE)
 def test_the_element_by_element_way_is_the_identity_too(method: str) -> None:
     change = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
-    merged = sparse.METHODS[method]([change.clone()], [1.0], sparse.Sparsity(), ["x"])
+    merged = joined(method, [change], [1.0], sparse.Sparsity(), ["x"])
     assert torch.equal(merged, change)
 
 
@@ -137,15 +146,15 @@ def test_slerp_in_between_equals_the_dense_formula(tmp_path: Path, base: Base, p
 def test_dare_keeps_by_chance_and_rescales(method: str) -> None:
     change = torch.randn(200, 300, generator=torch.Generator().manual_seed(3))
     sparsity = sparse.Sparsity(density=0.25, seed=5)
-    merged = sparse.METHODS[method]([change.clone()], [0.5], sparsity, ["layer 0"])
+    merged = joined(method, [change], [0.5], sparsity, ["layer 0"])
     kept = merged != 0
     assert abs(float(kept.float().mean()) - 0.25) < 4 * (0.25 * 0.75 / change.numel()) ** 0.5
     torch.testing.assert_close(merged[kept], 0.5 * 4 * change[kept], rtol=1e-6, atol=0)
-    again = sparse.METHODS[method]([change.clone()], [0.5], sparsity, ["layer 0"])
+    again = joined(method, [change], [0.5], sparsity, ["layer 0"])
     assert torch.equal(again, merged)
     for other in (sparse.Sparsity(density=0.25, seed=6), sparsity):
         name = "layer 0" if other.seed == 6 else "layer 1"
-        unlike = sparse.METHODS[method]([change.clone()], [0.5], other, [name])
+        unlike = joined(method, [change], [0.5], other, [name])
         assert abs(float(((unlike != 0) == kept).float().mean()) - 0.625) < 0.02  # 0.25² + 0.75²
 
 
@@ -157,7 +166,7 @@ def test_dare_ties_adds_up_the_winning_sign_alone() -> None:
     scaled = np.stack([w * part.double().numpy() for w, part in zip(weights, dropped, strict=True)])
     sign = np.where(scaled.sum(0) >= 0, 1, -1)
     wanted = (scaled * (np.sign(scaled) == sign)).sum(0)
-    merged = sparse.METHODS["dare-ties"]([part.clone() for part in parts], weights, sparsity, names)
+    merged = joined("dare-ties", parts, weights, sparsity, names)
     np.testing.assert_allclose(merged.numpy(), wanted, rtol=0, atol=1e-5)
 
 

@@ -20,7 +20,7 @@ from cogvlm_hpe.model.fingerprint import fingerprint
 from cogvlm_hpe.model.folders import base_of, read_notes
 from cogvlm_hpe.model.load import load_base, put_adapter
 from cogvlm_hpe.model.modeling import CogVLMForCausalLM
-from cogvlm_hpe.model.weights import open_weights
+from cogvlm_hpe.model.weights import AnyWeights, open_weights
 
 DATA = Path(__file__).parents[2] / "data" / "tiny0"
 MODULE = "1/mp_rank_00_model_states.pt"
@@ -244,7 +244,7 @@ def test_nothing_is_left_of_a_conversion_that_fails(
     assert not list(tmp_path.iterdir())
 
 
-class _Lazy:
+class _Lazy(AnyWeights):
     """A base of some hundred MB that is made up as it is read."""
 
     def __init__(self, config: CogVLMConfig) -> None:
