@@ -21,6 +21,7 @@ COMMANDS = {
     "preflight": "cogvlm_hpe.preflight",
     "convert": "cogvlm_hpe.convert",
     "demo": "cogvlm_hpe.demo",
+    "paper": "cogvlm_hpe.paper.command",
 }
 
 

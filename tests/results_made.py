@@ -17,8 +17,8 @@ from shards.record import Record
 NOTES = {"prompts": dict(dialogue.DEFAULT_PROMPTS), "answer_format": "offset"}
 
 
-def make_result(folder: Path, shard_set: Path, name: str, error_deg: float, blended: int = 0) -> Path:
-    """A result of a system that errs by `error_deg` about a random axis, and blends the first answers."""
+def made_rows(shard_set: Path, error_deg: float, blended: int = 0, missed: int = 0) -> list[dict]:
+    """Of a system that errs by `error_deg` about a random axis, blends the first answers and misses the first boxes."""
     generator = np.random.default_rng(0)
     stored, rows = open_set(shard_set), []
     for i in stored.key_order():
@@ -27,6 +27,14 @@ def make_result(folder: Path, shard_set: Path, name: str, error_deg: float, blen
             rows.append(judge(row, Answer(_answer(row, record, error_deg, generator)), "offset"))
     for number, row in enumerate([row for row in rows if row["task"] == "pose"][:blended]):
         row |= judge({key: row[key] for key in ("task", "truth")}, Answer(f"{{{{{number},1,1}}}} [["), "offset")
+    for row in [row for row in rows if row["task"] == "where"][:missed]:
+        row |= judge({key: row[key] for key in ("task", "truth", "size")}, Answer("[[000,000,001,001]]"), "offset")
+    return rows
+
+
+def make_result(folder: Path, shard_set: Path, name: str, error_deg: float, **more: int) -> Path:
+    """A result folder of `made_rows`."""
+    stored, rows = open_set(shard_set), made_rows(shard_set, error_deg, **more)
     header = {
         "system": name,
         "set": {"name": stored.info["name"], "images": len(stored)},

@@ -30,9 +30,9 @@ class Section:
     gallery: list[dict[str, Any]] | None = None  # in the page only
 
 
-def markdown(parts: Sequence[Section]) -> str:
-    """report.md; pictures are files in the folder `report/` beside it."""
-    blocks = [f"# {_TITLE}"]
+def markdown(parts: Sequence[Section], title: str = _TITLE, pictures: str = PICTURES) -> str:
+    """The text; pictures are files in the folder `pictures` beside it."""
+    blocks = [f"# {title}"]
     for part in parts:
         if part.gallery:
             continue
@@ -52,7 +52,7 @@ def markdown(parts: Sequence[Section]) -> str:
         if part.table:
             blocks.append(markdown_table(*part.table))
         if part.picture:
-            blocks.append(f"![{part.title}]({PICTURES}/{part.picture[0]}.png)")
+            blocks.append(f"![{part.title}]({pictures}/{part.picture[0]}.png)")
     return "\n\n".join(blocks) + "\n"
 
 
@@ -144,12 +144,17 @@ def _html_cell(cell: str) -> str:
 
 def write(parts: Sequence[Section], out: Path) -> None:
     """report.md, report.html and report/*.png in `out`, which may exist; older ones are replaced."""
-    (out / PICTURES).mkdir(parents=True, exist_ok=True)
-    for part in parts:
-        if part.picture:
-            (out / PICTURES / f"{part.picture[0]}.png").write_bytes(part.picture[1])
+    write_pictures(parts, out / PICTURES)
     replace_file(out / "report.md", markdown(parts))
     replace_file(out / "report.html", page(parts))
+
+
+def write_pictures(parts: Sequence[Section], folder: Path) -> None:
+    """The parts' pictures as files that `markdown` points at."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in parts:
+        if part.picture:
+            (folder / f"{part.picture[0]}.png").write_bytes(part.picture[1])
 
 
 def replace_file(path: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 python -m cogvlm_hpe.model.tiny tokenizer
 python -m cogvlm_hpe.model.tiny take RUN     the newest checkpoint of a training run, in bf16, with its curves
+python -m cogvlm_hpe.model.tiny check RUN    whether the start of a new training of the tower went as the packaged one
 """
 
 import argparse
@@ -18,6 +19,8 @@ from launcher.errors import UserError, run_main
 
 _HEADS = ("head", "left head", "right head", "largest head", "smallest head")
 _DIRECTIONS = ("front", "back", "left", "right", "up", "down")
+_SAME = 0.01
+"""Relative difference of losses that another machine's rounding may make within some ten steps."""
 _MARKS = "0123456789 [[ ]] {{ }} , . ; : ? ! - + ( ) ' \" /"
 
 
@@ -53,19 +56,41 @@ def take(run: Path, folder: Path) -> None:
     print(f"{target}: {sum(t.numel() for t in weights.values()):,} weights after {step} steps")
 
 
+def check(run: Path, folder: Path) -> None:
+    """Compare a run's first losses with those the packaged tower was trained with. Raises UserError where they differ.
+
+    Equal to the printed digits on the machine that made it; another one may round otherwise.
+    """
+    kept, made = _losses(folder / "metrics-tower.jsonl"), _losses(run / "metrics.jsonl")
+    steps = sorted(kept.keys() & made.keys())
+    if not steps:
+        raise UserError(f"{run}: no step in common with {folder / 'metrics-tower.jsonl'} (steps {sorted(kept)[:2]}, …)")
+    for step in steps:
+        print(f"step {step}: loss {made[step]:.5f}, the packaged tower's {kept[step]:.5f}")
+        if abs(made[step] - kept[step]) > _SAME * kept[step]:
+            raise UserError(
+                f"{run}, step {step}: loss {made[step]:.5f} instead of {kept[step]:.5f}; recipe or code differ"
+            )
+
+
+def _losses(path: Path) -> dict[int, float]:
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {row["global_step"]: row["train/loss_auxiliary"] for row in rows if "train/loss_auxiliary" in row}
+
+
 def main() -> int:
     """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("tokenizer", "take"))
+    parser.add_argument("what", choices=("tokenizer", "take", "check"))
     parser.add_argument("run", type=Path, nargs="?")
     args = parser.parse_args()
     folder = resolve_base("tiny")
     if args.what == "tokenizer":
         make_tokenizer(folder)
     elif args.run is None:
-        parser.error("take needs RUN")
+        parser.error(f"{args.what} needs RUN")
     else:
-        take(args.run, folder)
+        {"take": take, "check": check}[args.what](args.run, folder)
     return 0
 
 

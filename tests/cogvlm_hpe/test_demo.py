@@ -55,5 +55,5 @@ def test_results_of_other_sizes_are_refused(tmp_path: Path) -> None:
 
 def test_every_stage_is_a_command_of_this_project(tmp_path: Path) -> None:
     for stage in plan(tmp_path, Sizes(), nproc=2):
-        if stage.command is not None:
-            assert stage.command[1:3] in (["-m", "launcher"], ["-m", "cogvlm_hpe"])
+        if isinstance(stage.work, list):
+            assert stage.work[1:3] in (["-m", "launcher"], ["-m", "cogvlm_hpe"])

@@ -1,0 +1,1 @@
+"""The paper's comparison at laptop size: a row for each system, several seeds, and what they say of its claims."""

@@ -1,0 +1,149 @@
+"""results.md: the table, the paper's claims one by one, what was chosen and what the sweeps say."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cogvlm_hpe import stages
+from cogvlm_hpe.evaluate import plots, rendering
+from cogvlm_hpe.evaluate.rendering import Section
+from cogvlm_hpe.evaluate.report_command import read_about
+from cogvlm_hpe.evaluate.results import Result, load_results
+from cogvlm_hpe.evaluate.systems import in_order, overview, systems_of
+from cogvlm_hpe.paper import claims
+from cogvlm_hpe.paper.choose import CHOICE
+from cogvlm_hpe.paper.plan import ABOUT, TESTS, Place, Sizes
+
+TITLE = "What the paper claims, at laptop size"
+
+
+def write(out: Path, root: Path, sizes: Sizes, seeds: Sequence[int]) -> None:
+    """Write `out`, a Markdown file, with its pictures in a folder beside it, from the comparison in `root`."""
+    parts = sections(root, sizes, seeds)
+    pictures = out.with_suffix("")
+    rendering.write_pictures(parts, pictures)
+    rendering.replace_file(out, rendering.markdown(parts, TITLE, pictures.name))
+
+
+def sections(root: Path, sizes: Sizes, seeds: Sequence[int]) -> list[Section]:
+    """What it says, in reading order."""
+    about = read_about(ABOUT / "systems.yaml")
+    results = in_order(load_results(root / "evaluation" / on for on in TESTS), about)
+    places = [Place(root, sizes, 0, seed) for seed in seeds]
+    parts = [
+        Section("What was run", _ran(sizes, seeds)),
+        Section("Result", _RESULT, overview=overview(results, about)),
+        Section("The claims", _CLAIMS, terms=_claims(results)),
+        *_picture("Errors", "errors", plots.geodesic_bars(systems_of(results))),
+        Section("Cost", _COST, table=_cost_table(root, list(about), places)),
+        Section("What was chosen", _CHOSEN, table=_choice_table(places)),
+    ]
+    judged = load_results([places[0].own / "candidates-judged"])
+    sweep = plots.merge_sweep([result for result in judged if "above" in result.name])
+    parts += _picture("Threshold of the layer-based merge, on A's validation images, first seed", "threshold", sweep)
+    tried = root / "sweeps" / "evaluation"
+    if tried.is_dir():
+        said = read_about(ABOUT / "sweeps.yaml")
+        parts.append(Section("Sweeps", _SWEEPS, overview=overview(in_order(load_results([tried]), said), said)))
+    return [*parts, Section("Read with care", terms=_CARE)]
+
+
+def _ran(sizes: Sizes, seeds: Sequence[int]) -> str:
+    return (
+        f"`cogvlm-hpe paper`, seeds {', '.join(map(str, seeds))}: {sizes.train_scenes} training scenes of domain A, "
+        f"{sizes.weak_scenes} crowded scenes (W) whose poses the crop network has said, {sizes.test_scenes} test "
+        f"scenes each of A, B and C, {sizes.val_scenes} validation scenes of A; {sizes.cnn_steps} steps for the crop "
+        f"network, {sizes.weak_steps} on weak and {sizes.max_steps} on true labels for LoRA, {sizes.continued_steps} "
+        "of continued training. All people of the test sets are unseen; B has other backgrounds, light and lens, C "
+        "shows dolls. The base is the packaged tiny one. Every number here is this project's own; none is the paper's."
+    )
+
+
+_RESULT = (
+    "Geodesic error and MAE in degrees; grounding is the share of objects found (IoU ≥ 0.5); wrong format the share of "
+    "pose questions answered by anything but a pose, which count as the constant pose in the errors. ± is the standard "
+    "deviation over seeds. The best of each column is in bold."
+)
+_CLAIMS = (
+    "Differences on the same questions, seeds as one system, with 95 % intervals from resampling images. A claim is "
+    "*shown* where every interval lies on its side of zero, *the opposite* where one lies on the other, else *not "
+    "shown*."
+)
+_COST = (
+    "Numbers that are trained, and wall time of a seed's own stages on the machine that ran it, its mean over seeds."
+)
+_CHOSEN = (
+    "By A's validation images alone. The cost of a candidate is its pose error as a share of the constant pose's, "
+    "minus its grounding as a share of the base's: −1 is perfect. The rule is ours."
+)
+_SWEEPS = "One thing of LoRA's training changed at a time, one seed. Differences of a few degrees may be chance."
+_CARE = {
+    "size": "A base of three million parameters says what the method does, not what seventeen billion would do.",
+    "two looks": "The base has seen B's look (other people, no angles), as a large model has seen much of the world; "
+    "the crop network has not. Claim (a) is about exactly this, but it is not a contest of architectures.",
+    "weak labels": "The language model has seen W, whose poses the crop network has said; the crop network has only A.",
+    "choices": "Prompts, ratios, thresholds and the continued stage are ours where the paper's public text gives none.",
+    "seeds": "They change weights, order and the crop network's labels, not the scenes.",
+}
+
+
+def _claims(results: Sequence[Result]) -> dict[str, str]:
+    found = claims.findings(results)
+    return {
+        f"({name}) {text}": f"**{claims.verdict(found[name])}**. " + "; ".join(map(str, found[name])) + "."
+        for name, text in claims.CLAIMS.items()
+    }
+
+
+def _picture(title: str, name: str, png: bytes | None) -> list[Section]:
+    return [Section(title, picture=(name, png))] if png else []
+
+
+def _cost_table(root: Path, systems: Sequence[str], places: Sequence[Place]) -> tuple[list[str], list[list[str]]]:
+    took_s = stages.seconds(root)
+    rows = []
+    for system in systems:
+        trained, minutes = _trained(places[0], system), []
+        for place in places:
+            own = {f"{place.own.name}: {words}" for words in _stages_of(system)}
+            minutes.append(sum(value for name, value in took_s.items() if name in own) / 60)
+        rows.append([system, f"{trained:,}" if trained else "–", f"{sum(minutes) / len(minutes):.1f}"])
+    return ["system", "trained numbers", "minutes"], rows
+
+
+def _stages_of(system: str) -> list[str]:
+    return {"cnn": ["cnn"]}.get(system, [f"train {system}", f"train {system}-weak"])
+
+
+def _trained(at: Place, system: str) -> int:
+    """Numbers in what a training has left; 0 for a system that trained nothing."""
+    from safetensors import safe_open
+
+    names = {"cnn": at.own / "cnn" / "model.safetensors"}
+    path = names.get(system, at.own / system / "last" / "adapter_model.safetensors")
+    if not path.is_file():
+        return 0
+    with safe_open(path, framework="np") as file:
+        shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 (not a dict)
+    return sum(_product(shape) for shape in shapes)
+
+
+def _product(shape: Sequence[int]) -> int:
+    total = 1
+    for side in shape:
+        total *= side
+    return total
+
+
+def _choice_table(places: Sequence[Place]) -> tuple[list[str], list[list[str]]]:
+    choices: list[dict[str, Any]] = [json.loads((at.own / "chosen" / CHOICE).read_text()) for at in places]
+    rows = []
+    for row, costs in choices[0]["cost"].items():
+        for name in costs:
+            cells = [f"{choice['cost'][row][name]:+.3f}" for choice in choices]
+            taken = [
+                str(at.seed) for at, one in zip(places, choices, strict=True) if one["chosen"][row]["name"] == name
+            ]
+            rows.append([row, name.removeprefix(f"{row}-"), *cells, ", ".join(taken) or "–"])
+    return ["row", "candidate", *(f"cost, seed {at.seed}" for at in places), "chosen by seed"], rows
