@@ -37,9 +37,17 @@ def kept_largest(change: Tensor, count: int) -> Tensor:
     sizes = np.abs(flat)
     sizes.partition(at)  # several times torch.kthvalue's speed
     limit = sizes[at]
-    mask = (flat > limit) | (flat < -limit)
+    mask = np.empty(len(flat), dtype=bool)
+    blocks = [slice(start, start + _BLOCK_ELEMENTS) for start in range(0, len(flat), _BLOCK_ELEMENTS)]
+    for block in blocks:
+        np.greater(np.abs(flat[block]), limit, out=mask[block])
     lack = count - np.count_nonzero(mask)
-    mask[np.flatnonzero((flat == limit) | (flat == -limit))[:lack]] = True
+    for block in blocks:
+        if lack <= 0:
+            break
+        equal = np.flatnonzero(np.abs(flat[block]) == limit)[:lack]
+        mask[block][equal] = True
+        lack -= len(equal)
     return torch.from_numpy(mask).view(change.shape)
 
 

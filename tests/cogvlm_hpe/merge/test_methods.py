@@ -173,7 +173,13 @@ def test_dare_ties_adds_up_the_winning_sign_alone() -> None:
 @given(st.lists(st.integers(-3, 3), min_size=1, max_size=30), st.integers(-2, 35))
 def test_exactly_as_many_stay_and_none_that_is_smaller(values: list[int], count: int) -> None:
     change = torch.tensor(values, dtype=torch.float32)
-    mask = sparse.kept_largest(change, count)
+    whole, blocks = sparse.kept_largest(change, count), sparse._BLOCK_ELEMENTS
+    try:
+        sparse._BLOCK_ELEMENTS = 4
+        mask = sparse.kept_largest(change, count)
+    finally:
+        sparse._BLOCK_ELEMENTS = blocks
+    assert torch.equal(mask, whole)
     assert int(mask.sum()) == min(max(count, 0), len(values))
     if mask.any() and not mask.all():
         assert change[mask].abs().min() >= change[~mask].abs().max()
