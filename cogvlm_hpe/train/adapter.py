@@ -135,12 +135,32 @@ def stack_on(model: CogVLMForCausalLM, given: Adapter, base: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # there are to be two
         put_adapter(model, given.path, base, read_notes(given.path), name=_BEFORE)
+    _stand_on_before(model)
+
+
+def stack_shapes(model: nn.Module, folder: str) -> None:
+    """As `stack_on`, for a model on the meta device: shapes without numbers. Raises UserError."""
+    if not is_adapter(folder):
+        raise UserError(f"adapter.stack {folder}: no adapter there; name an adapter or checkpoint folder")
+    lora = LoraConfig.from_pretrained(folder)
+    lora.lora_dropout = 0.0
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # there are to be two
+        inject_adapter_in_model(lora, model, adapter_name=_BEFORE, low_cpu_mem_usage=True)
+    _stand_on_before(model)
+
+
+def _stand_on_before(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module.set_adapter([_BEFORE, _NEW])
-    for name, parameter in model.named_parameters():
-        if f".{_BEFORE}." in name:
-            parameter.requires_grad_(False)
+    for parameter in stacked_factors(model).values():
+        parameter.requires_grad_(False)
+
+
+def stacked_factors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The factors that stay as they are beside the new ones, by name."""
+    return {name: p for name, p in model.named_parameters() if f".{_BEFORE}." in name}
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

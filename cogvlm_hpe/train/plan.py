@@ -15,19 +15,20 @@ from math import ceil
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from cogvlm_hpe.config import RunConfig
+from cogvlm_hpe.config import RunConfig, TrainConfig
 from cogvlm_hpe.model.attention import causal
 from cogvlm_hpe.model.configuration import CogVLMConfig
 from cogvlm_hpe.model.experts import DecoderLayer
 from cogvlm_hpe.model.layout import IGNORE
 from cogvlm_hpe.model.modeling import CogVLMForCausalLM
 from cogvlm_hpe.model.vision import VisionLayer
+from cogvlm_hpe.train.muon import is_matrix
 
-_ADAM_BYTES = 12  # float32 master and two moments
 _RESERVED = 3e9  # CUDA context, libraries and fragmentation: an assumption
 
 
@@ -35,11 +36,18 @@ _RESERVED = 3e9  # CUDA context, libraries and fragmentation: an assumption
 class Trace:
     """One micro-batch of one rank, in bytes and FLOPs."""
 
-    weights: int
-    """All parameters, adapter included."""
+    element_bytes: int
+    sizes: tuple[int, ...]
+    """Elements of every parameter, adapters included."""
     trained: int
     """Number of trained parameters."""
+    stacked: int
+    """Elements of the adapter that a run stands on, which its checkpoints hold too."""
+    moments: int
+    """Elements of the optimizer's moments."""
     largest_layer: int
+    left_gathered: int
+    """Of modules that ZeRO-3 gathers for the backward pass and does not let go before its end."""
     saved_in_layers: int
     """What decoder and vision layers keep for the backward pass."""
     saved_elsewhere: int
@@ -51,6 +59,21 @@ class Trace:
     backward_flops: int
     recomputed_flops: int
 
+    @property
+    def weights(self) -> int:
+        """Bytes of all parameters."""
+        return sum(self.sizes) * self.element_bytes
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Of a checkpoint's weights, which are float32: the adapter, or the whole model where there is none."""
+        return 4 * (self.trained + self.stacked)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Of a whole checkpoint: its weights are the masters, beside them lie the moments."""
+        return self.adapter_bytes + 4 * self.moments
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -58,6 +81,8 @@ class Plan:
 
     gpus: int
     memory: dict[str, float] = field(default_factory=dict)
+    offloaded: dict[str, float] = field(default_factory=dict)
+    """What this rank keeps elsewhere: in the machine's memory or on its disk, as `train.deepspeed` says."""
     step_flops: float = 0.0
     useful_flops: float = 0.0
     """Without what is recomputed: what MFU counts."""
@@ -70,25 +95,32 @@ class Plan:
 
 def trace(config: RunConfig, model_config: CogVLMConfig, questions: int, tokens: int) -> Trace:
     """Trace a micro-batch of `config`, `questions` an image, each of `tokens` with its answer, on the meta device."""
-    from cogvlm_hpe.train.adapter import add_lora
+    from cogvlm_hpe.train.adapter import add_lora, stack_shapes, stacked_factors
 
     dtype = torch.bfloat16 if config.model.dtype == "bf16" else torch.float32
     with torch.device("meta"), _default_dtype(dtype):
         model = CogVLMForCausalLM(model_config).train()
         if config.adapter is not None:
             add_lora(model, config.adapter, config.model.base)
+            if config.adapter.stack:
+                stack_shapes(model, config.adapter.stack)
     model.to(dtype)
-    saved, flops = _Saved(model), _Flops(model)
+    saved, flops, calls = _Saved(model), _Flops(model), _Calls(model)
     with _flash(), flops.counter:
         with saved.hooks():
             loss = model(**_batch(config.train.micro_batch, questions, tokens, model_config, dtype)).loss
         flops.mark_forward()
         loss.backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     layers = [layer for layer in model.modules() if isinstance(layer, DecoderLayer | VisionLayer)]
     return Trace(
-        weights=sum(p.numel() * p.element_size() for p in model.parameters()),
-        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        element_bytes=dtype.itemsize,
+        sizes=tuple(p.numel() for p in model.parameters()),
+        trained=sum(p.numel() for p in trained.values()),
+        stacked=sum(p.numel() for p in stacked_factors(model).values()),
+        moments=sum(p.numel() * _n_moments(config.train, name, p) for name, p in trained.items()),
         largest_layer=max(sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in layers),
+        left_gathered=dtype.itemsize * sum(map(_own_elements, calls.left_gathered())),
         saved_in_layers=saved.bytes.total() - saved.bytes[None],
         saved_elsewhere=saved.bytes[None],
         largest_saved=max((n for name, n in saved.bytes.items() if name is not None), default=0),
@@ -102,25 +134,62 @@ def trace(config: RunConfig, model_config: CogVLMConfig, questions: int, tokens:
 def plan(config: RunConfig, traced: Trace, gpus: int) -> Plan:
     """Memory and FLOPs on so many GPUs. The global batch stays; ranks get their share of it."""
     train, recompute = config.train, config.train.gradient_checkpointing
-    bytes_each = 2 if config.model.dtype == "bf16" else 4
-    stage, trained = train.zero_stage, traced.trained
-    weights = traced.weights / (gpus if stage == 3 else 1)
-    master_free = stage == 0 and config.model.dtype == "fp32"
-    optimizer = trained * (_ADAM_BYTES - 4 if master_free else _ADAM_BYTES) / (gpus if stage >= 1 else 1)
-    gradients = trained * bytes_each / (gpus if stage >= 2 else 1)
     kept = traced.layer_inputs + traced.largest_saved if recompute else traced.saved_in_layers
-    memory = {
-        "weights": weights,
-        "gathered layers": 2.0 * traced.largest_layer if stage == 3 and gpus > 1 else 0.0,
-        "gradients": gradients,
-        "optimizer": optimizer,
-        "activations": float(kept + traced.saved_elsewhere),
-        "reserved": _RESERVED,
-    }
+    memory = _state(train, traced, gpus)
+    offloaded = {part: memory.pop(part) for part in _offloaded_parts(train)}
+    if "gradients" in offloaded:  # the optimizer's own float32 ones, and below stage 3 those of micro-batches before
+        adds_up = train.zero_stage < 3 and config.shards.batch > gpus * train.micro_batch
+        offloaded["gradients"] += (4 + adds_up * traced.element_bytes) * traced.trained / gpus
+    memory |= {"activations": float(kept + traced.saved_elsewhere), "reserved": _RESERVED}
     micro_batches = ceil(config.shards.batch / train.micro_batch)
     useful = micro_batches * (traced.forward_flops + traced.backward_flops)
     extra = micro_batches * traced.recomputed_flops if recompute else 0
-    return Plan(gpus, memory, float(useful + extra), float(useful))
+    return Plan(gpus, memory, offloaded, float(useful + extra), float(useful))
+
+
+def _state(train: TrainConfig, traced: Trace, gpus: int) -> dict[str, float]:
+    """Bytes that a rank holds from step to step, and what DeepSpeed adds for moving them, by part."""
+    stage, zero, each = train.zero_stage, train.deepspeed.get("zero_optimization", {}), traced.element_bytes
+    optimizer = 4 * (traced.moments + (traced.trained if stage else 0))  # stage 0 trains the float32 weights themselves
+    buckets = (2 if zero.get("overlap_comm") and stage < 3 else 1) if zero.get("contiguous_gradients", True) else 0
+    split = stage == 3 and gpus > 1
+    return {
+        "weights": float(each * sum(ceil(size / gpus) for size in traced.sizes)) if split else float(traced.weights),
+        **(_gathered(train, traced) if split else {"kept whole": 0.0, "gathered layers": 0.0}),
+        "gradients": each * traced.trained / (gpus if stage >= 2 else 1),
+        "gradient buckets": float(each * buckets * int(zero.get("reduce_bucket_size", 5e8))) if stage else 0.0,
+        "optimizer": optimizer / (gpus if stage >= 1 else 1),
+    }
+
+
+def _gathered(train: TrainConfig, traced: Trace) -> dict[str, float]:
+    """ZeRO-3: small parameters, which every rank keeps whole, and the most that it gathers besides.
+
+    What comes again within stage3_max_reuse_distance stays: around the turn from forward to backward that is half of it
+    either way. A module that is called twice, for the image prefix and for the questions, DeepSpeed 0.19.8 lets go
+    after one of its two backward passes only; where layers are recomputed each call counts by itself, but what was
+    gathered for recomputing a layer stays until the next one's turn.
+    """
+    zero, each = train.deepspeed.get("zero_optimization", {}), traced.element_bytes
+    persistent = int(zero.get("stage3_param_persistence_threshold", 1e5))
+    small = float(each * sum(size for size in traced.sizes if size <= persistent))
+    reused = int(zero.get("stage3_max_reuse_distance", 1e9)) / 2 + int(zero.get("stage3_prefetch_bucket_size", 5e7))
+    recompute, layer = train.gradient_checkpointing, traced.largest_layer
+    most = max(each * reused, 2 * layer) if recompute else max(each * reused + traced.left_gathered, layer)
+    return {"kept whole": small, "gathered layers": float(min(most, traced.weights - small))}
+
+
+def _offloaded_parts(train: TrainConfig) -> list[str]:
+    zero, parts = train.deepspeed.get("zero_optimization", {}), list[str]()
+    if (zero.get("offload_param") or {}).get("device", "none") != "none":
+        parts.append("weights")
+    if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
+        parts += ["gradients", "optimizer"]
+    return parts
+
+
+def _n_moments(train: TrainConfig, name: str, parameter: Tensor) -> int:
+    return 1 if train.optimizer == "muon" and is_matrix(name, parameter) else 2
 
 
 def _batch(images: int, questions: int, tokens: int, config: CogVLMConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -185,6 +254,29 @@ class _Saved:
         if storage._cdata not in self._inputs:
             self._inputs[storage._cdata] = storage
             self.layer_inputs += storage.nbytes()
+
+
+class _Calls:
+    """How often modules with parameters were called, where gradients flow: to inputs, and from outputs."""
+
+    def __init__(self, model: CogVLMForCausalLM) -> None:
+        self.from_output: Counter[nn.Module] = Counter()
+        self.to_input: Counter[nn.Module] = Counter()
+        for module in model.modules():
+            if _own_elements(module):
+                module.register_forward_hook(self._leave)
+
+    def _leave(self, module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+        self.from_output[module] += any(t.requires_grad for t in tree_leaves(output) if isinstance(t, Tensor))
+        self.to_input[module] += any(t.requires_grad for t in tree_leaves(given) if isinstance(t, Tensor))
+
+    def left_gathered(self) -> list[nn.Module]:
+        """DeepSpeed 0.19.8 lets a module go when its last call's input has its gradient, and counts that call alone."""
+        return [module for module, calls in self.from_output.items() if calls and self.to_input[module] != 1]
+
+
+def _own_elements(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters(recurse=False))
 
 
 class _Flops:

@@ -16,8 +16,9 @@ HELP = "what a run will need: memory of a GPU, FLOPs, speed, checkpoint sizes"
 _EPILOG = """Any key of the config may follow, as for train: --train.micro_batch 4 --adapter.scope all
 
 Memory is counted by tracing the model in its true shapes; activations are those kept for the backward pass of one
-micro-batch. 3 GB are set aside for the CUDA context and fragmentation, and two layers for ZeRO-3's gathering: both are
-assumptions, as are --mfu and --image-kb."""
+micro-batch. Weights, gradients, optimizer and what DeepSpeed adds (buckets, gathered layers) follow its settings in
+train.deepspeed; what its step needs for a moment is left out. 3 GB are set aside for the CUDA context and
+fragmentation: an assumption, as are --mfu and --image-kb."""
 
 
 def main(argv: list[str]) -> int:
@@ -94,10 +95,10 @@ def describe(config: "RunConfig", traced: "Trace", one: "Plan", args: argparse.N
     # MFU counts useful work only, so recomputing costs time at the same use of the hardware.
     step_s = one.step_flops / rate
     images_per_s = config.shards.batch / step_s
-    adapter = traced.trained * (2 if config.model.dtype == "bf16" else 4)
     return {
         "gpus": one.gpus,
-        "memory_gb": {part: round(size / 1e9, 2) for part, size in one.memory.items()},
+        "memory_gb": _gb(one.memory),
+        "offloaded_gb": _gb(one.offloaded),
         "total_gb": round(one.total / 1e9, 2),
         "fits": one.total <= args.gpu_memory * 1e9,
         "trained_parameters": traced.trained,
@@ -106,10 +107,14 @@ def describe(config: "RunConfig", traced: "Trace", one: "Plan", args: argparse.N
         "images_per_s": round(images_per_s, 2),
         "run_hours": round(config.train.max_steps * step_s / 3600, 2),
         "loader_mb_per_s": round(images_per_s * args.image_kb / 1e3, 2),
-        "adapter_mb": round(adapter / 1e6, 1),
-        "checkpoint_mb": round((adapter + 12 * traced.trained) / 1e6, 1),
+        "adapter_mb": round(traced.adapter_bytes / 1e6, 1),
+        "checkpoint_mb": round(traced.checkpoint_bytes / 1e6, 1),
         "refused": _refusal(config, one.gpus),
     }
+
+
+def _gb(parts: dict[str, float]) -> dict[str, float]:
+    return {part: round(size / 1e9, 2) for part, size in parts.items()}
 
 
 def _refusal(config: "RunConfig", gpus: int) -> str:
@@ -139,6 +144,8 @@ def _show(config: "RunConfig", questions: int, args: argparse.Namespace, columns
     table.add_row(
         f"all of {limit:g} GB", *(f"{c['total_gb']:.1f} {'fits' if c['fits'] else 'TOO MUCH'}" for c in columns)
     )
+    for part in columns[0]["offloaded_gb"]:
+        table.add_row(f"{part}, not on the GPU, GB", *(f"{column['offloaded_gb'][part]:.2f}" for column in columns))
     table.add_section()
     rows = {
         "trained parameters": ("trained_parameters", ",d"),
