@@ -260,7 +260,7 @@ def test_a_stage_takes_over_only_what_fits(tmp_path: Path, model: CogVLMForCausa
     config = dataclasses.replace(lora("language.mlp", rank=2), init=str(folder))
     given = read_input(config, "some fingerprint")
     for other, error, said in (
-        (lora("language.mlp", rank=3), UsageError, "rank 2 and scale 2, here they are 3 and 2; .* adapter.stack"),
+        (lora("language.mlp", rank=3), UsageError, "has rank 2, here it is 3; .* adapter.stack"),
         (lora("language.attention", rank=2), UserError, "which adapter.targets leaves out"),
     ):
         fresh = CogVLMForCausalLM(small_config())
@@ -274,6 +274,18 @@ def test_a_stage_takes_over_only_what_fits(tmp_path: Path, model: CogVLMForCausa
         read_input(config, "abd")
     with pytest.raises(UserError, match="no adapter there"):
         read_input(dataclasses.replace(config, init=str(tmp_path)), "")
+
+
+def test_what_was_scaled_by_a_merge_goes_on_as_it_is(tmp_path: Path, model: CogVLMForCausalLM) -> None:
+    folder = saved(tmp_path, model, add_lora(model, lora("language.mlp", rank=2), "unused"), {}, 1)
+    given = read_adapter(folder)
+    scaled = {name: dataclasses.replace(factor, scale=0.3 * factor.scale) for name, factor in given.factors.items()}
+    fresh = CogVLMForCausalLM(small_config())
+    add_lora(fresh, lora("language.mlp", rank=2), "unused")
+    start_from(fresh, dataclasses.replace(given, factors=scaled))
+    for name, factor in scaled.items():
+        change = fresh.get_submodule(name).get_delta_weight("default")
+        assert torch.allclose(change, factor.scale * factor.b @ factor.a, atol=1e-6) and change.any()
 
 
 def test_layers_that_a_merge_dropped_start_afresh(tmp_path: Path, model: CogVLMForCausalLM) -> None:
