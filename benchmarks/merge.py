@@ -3,10 +3,11 @@
 python benchmarks/merge.py [--layers 8] [--folder DIR] [--mergekit DIR] [--only linear --checkpoint DIR]
 
 Writes a CogVLM of about 1 B weights in bf16 (8 layers), two LoRA (r 16, every linear layer of both experts) and, for
-mergekit, both tuned models as dense weights (9 GB of disk; removed again). Every row is a process of its own; `start`
-is one that only imports. Files are in the page cache except where it says cold. Peak is the kernel's
-largest resident set, mapped files and all. Ours makes its files durable before it ends, the others leave them to the
-kernel. mergekit works in float32 as we do and is given the baked models; the time to bake them is not counted.
+mergekit, both tuned models as dense weights (9 GB of disk; removed again, unless --checkpoint names where). Every row
+is a process of its own; `start` is one that only imports. Files are in the page cache except where it says cold. Peak
+is the kernel's largest resident set, mapped files and all. Ours makes its files durable before it ends, the others
+leave them to the kernel. mergekit works in float32 as we do and is given the baked models; the time to bake them is
+not counted.
 It is not among this project's requirements: pip install --no-deps --target DIR mergekit==0.1.5 immutables
 Ours says beforehand how much memory it will need at most beside the program itself, and what it needed; shown below.
 OMP_NUM_THREADS, the threads of every process, is the number of cores unless it is set. What runs is said on stderr.
