@@ -10,7 +10,7 @@ import pytest
 from forked import Ranks
 
 from cogvlm_hpe import cli, stages
-from cogvlm_hpe.paper import plan
+from cogvlm_hpe.paper import plan, sweeps
 
 TEST_ADAPTERS = (*plan.REHEARSAL, "task-arithmetic", "ties", "dare", "layerwise")
 
@@ -48,6 +48,9 @@ def test_every_row_comes_out_and_what_is_there_is_kept(
 ) -> None:
     said, root = tmp_path / "said.txt", tmp_path / "paper"
     monkeypatch.setattr(stages, "_run", forked(said))
+    for name, fewer in (("QUANTILES", (0.1, 0.5)), ("WEIGHTS", (0.5,)), ("DENSITIES", (0.5,))):
+        monkeypatch.setattr(plan, name, fewer)
+    monkeypatch.setattr(sweeps, "VARIATIONS", {name: sweeps.VARIATIONS[name] for name in ("plain", "signed")})
     words = ["paper", "--quick", "--nproc", "1", "--seeds", "1", "--dir", str(root)]
     assert cli.main(words) == 0, capsys.readouterr().err + said.read_text()
     capsys.readouterr()
@@ -59,7 +62,7 @@ def test_every_row_comes_out_and_what_is_there_is_kept(
     labelled = json.loads((root / "seed-1" / "w-weak" / "index.json").read_text())
     assert labelled["scope"]["labelled_with"].startswith("cnn:")
     text = (root / "results.md").read_text()
-    assert all(f"| {name} |" in text for name in ("cnn", "lora-25", "layerwise-continued", "twice-as-long"))
+    assert all(f"| {name} |" in text for name in ("cnn", "lora-25", "layerwise-continued", "signed"))
     assert all(f"({name})" in text for name in ("a", "b", "c", "d", "e")) and "not tried" not in text
     pictures = {path.name for path in (root / "results").glob("*.png")}
     assert pictures == {"errors.png", "threshold.png"} and all(f"results/{name}" in text for name in pictures)
