@@ -14,6 +14,7 @@ _SETS = {
     "a-test": ("A", "test"),
     "b-test": ("B", "test"),
 }
+_ABOUT = Path(__file__).with_suffix(".yaml")
 _JUDGED_ON = ("a-test", "b-test")
 SYSTEMS = ("base", "lora", "merged")
 MERGE_QUANTILE = "0.05"
@@ -74,6 +75,6 @@ def plan(folder: Path, sizes: Sizes, nproc: int) -> list[Stage]:
             "report",
             folder / "report.html",
             stages.program("cogvlm_hpe", "report", *(folder / "evaluation" / on for on in _JUDGED_ON))
-            + ["--out", str(folder), "--card", str(merged)],
+            + ["--systems", str(_ABOUT), "--out", str(folder), "--card", str(merged)],
         ),
     ]

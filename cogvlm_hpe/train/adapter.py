@@ -113,8 +113,8 @@ def read_input(config: AdapterConfig, base_fingerprint: str) -> Adapter | None:
 def start_from(model: nn.Module, given: Adapter) -> None:
     """Copy an adapter's factors into the new ones; layers it lacks, as after a merge, start afresh.
 
-    Another scale, as after task arithmetic, goes into B. Raises UserError for layers that do not train, UsageError where
-    the rank differs.
+    Another scale, as after task arithmetic, goes into B. Raises UserError for layers that do not train, UsageError
+    where the rank differs.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     for name, factor in given.factors.items():
@@ -124,8 +124,8 @@ def start_from(model: nn.Module, given: Adapter) -> None:
         rank, scale = layer.r[_NEW], layer.scaling[_NEW]
         if rank != factor.rank:
             raise UsageError(
-                f"adapter.init {given.path}: {name} has rank {factor.rank}, here it is {rank}; set adapter.rank to its, "
-                "or name it as adapter.stack"
+                f"adapter.init {given.path}: {name} has rank {factor.rank}, here it is {rank}; set adapter.rank to its, or "
+                "name it as adapter.stack"
             )
         layer.lora_A[_NEW].weight.copy_(factor.a)
         layer.lora_B[_NEW].weight.copy_(factor.b * (factor.scale / scale))

@@ -36,6 +36,7 @@ def test_the_whole_flow_runs_and_finished_stages_are_kept(tmp_path: Path) -> Non
         for system in ("base", "lora", "merged"):
             scores = json.loads((folder / "evaluation" / on / system / "metrics.json").read_text())
             assert scores["set"]["images"] == QUICK.test_scenes
+    assert "- **merged**: the paper's merge" in (folder / "report.md").read_text()
     card = (folder / "merged" / "README.md").read_text()
     assert "merged by `layerwise`" in card and "## Evaluation" in card and "model-index:" in card
     again = demo(folder, "--quick")

@@ -16,8 +16,8 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True)
 class Domain:
-    """heads: how many a scene shows, each count with its odds; hfov_deg: horizontal field of view; camera_pitch_deg: mean
-    and sigma, below 0 looks down; cast, noise (sigma, 0..1) and jpeg_quality: ranges drawn from for each scene."""
+    """heads: how many a scene shows, each count with its odds; hfov_deg: horizontal field of view; camera_pitch_deg:
+    mean and sigma, below 0 looks down; cast, noise (sigma, 0..1) and jpeg_quality: ranges drawn from for each scene."""
 
     name: str
     identities: dict[str, int]
