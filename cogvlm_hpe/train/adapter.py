@@ -124,8 +124,8 @@ def start_from(model: nn.Module, given: Adapter) -> None:
         rank, scale = layer.r[_NEW], layer.scaling[_NEW]
         if rank != factor.rank:
             raise UsageError(
-                f"adapter.init {given.path}: {name} has rank {factor.rank}, here it is {rank}; set adapter.rank to its, or "
-                "name it as adapter.stack"
+                f"adapter.init {given.path}: {name} has rank {factor.rank}, here it is {rank}; set adapter.rank "
+                "to its, or name it as adapter.stack"
             )
         layer.lora_A[_NEW].weight.copy_(factor.a)
         layer.lora_B[_NEW].weight.copy_(factor.b * (factor.scale / scale))
