@@ -118,7 +118,17 @@ def srun(
     argv = [program, "--nodes", str(nodes), "--ntasks", str(ranks), f"--mpi={mpi}", "--kill-on-bad-exit=1"]
     if cpus_per_task:  # since Slurm 22.05 a step does not inherit it from the job
         argv += [f"--cpus-per-task={cpus_per_task}"]
-    return Command([*argv, *options, *arguments], threads_env(threads) | env)
+    return Command([*argv, *options, *arguments], threads_env(threads) | env | _netmod_env(mpi))
+
+
+def _netmod_env(mpi: str) -> dict[str, str]:
+    """What MPICH under Slurm's PMI talks with, unless the user has chosen: libfabric, whose addresses are short.
+
+    By UCX a rank tells its address in lines of up to 1,080 characters, filled up from unset memory. Slurm's plugin
+    reads 1,024: now and then a step dies at its start ("value not properly terminated in client request").
+    """
+    name = "MPIR_CVAR_CH4_NETMOD"
+    return {name: "ofi"} if mpi == "pmi2" and name not in os.environ else {}
 
 
 def hosts(hostfile: str) -> list[str]:

@@ -91,6 +91,17 @@ def test_srun(ranks: int, nodes: int) -> None:
     assert made.env["OMP_NUM_THREADS"] == "7"
 
 
+def test_mpich_under_slurm_talks_by_libfabric_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    def netmod(mpi: str) -> str | None:
+        made = command.srun(["prog"], ranks=2, nodes=2, threads=1, env={}, mpi=mpi)
+        return made.env.get("MPIR_CVAR_CH4_NETMOD")
+
+    monkeypatch.delenv("MPIR_CVAR_CH4_NETMOD", raising=False)
+    assert (netmod("pmi2"), netmod("none"), netmod("pmix")) == ("ofi", None, None)
+    monkeypatch.setenv("MPIR_CVAR_CH4_NETMOD", "ucx")
+    assert netmod("pmi2") is None  # the user's own is inherited
+
+
 def test_text_can_be_pasted_into_a_shell() -> None:
     assert Command(["prog", "x y.yaml"], {"A": "1 2"}).text() == "env 'A=1 2' prog 'x y.yaml'"
 
