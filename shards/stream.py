@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 OnBadSample = Literal["fail", "skip"]
 View: TypeAlias = "Callable[[np.ndarray, Record], torch.Tensor]"
 """What else may be made of an image (H, W, 3) and its record: any uint8 tensor, such as crops of its heads."""
+Note: TypeAlias = Callable[["Item"], Any]
+"""What a reader writes about an item for whoever takes it; anything that can be pickled."""
 MOST_BAD_IN_A_ROW = 100
 AHEAD_BATCHES = 16
 """So many batches before they are needed, shards of remote sets are asked for."""
@@ -45,6 +47,8 @@ class Item:
     mirrored: bool = False
     problem: str = ""
     """Why it was skipped."""
+    note: Any = None
+    """What the stream was asked to write about it."""
 
 
 class Batch(tuple[int, list[Item]]):
@@ -68,8 +72,8 @@ class Stream:
     image_size: side S in pixels; None reads and checks the bytes but decodes no image; or a view, a function that can
     be pickled, of images as they are stored. workers: reader processes (0: decode in this one). Bad samples raise
     UserError, or with "skip" leave a hole and are counted in `skipped`; a hundred of them in a row are no bad luck and
-    raise UserError too. augment: what may happen to images and records. pin: images lie in page-locked memory where
-    there is CUDA.
+    raise UserError too. augment: what may happen to images and records. note: what the readers write about each item,
+    a function that can be pickled. pin: images lie in page-locked memory where there is CUDA.
     """
 
     def __init__(
@@ -83,6 +87,7 @@ class Stream:
         workers: int = 0,
         on_bad_sample: OnBadSample = "fail",
         augment: Augment | None = None,
+        note: Note | None = None,
         pin: bool = False,
     ) -> None:
         if tuple(map(len, sets)) != plan.sizes:
@@ -96,7 +101,7 @@ class Stream:
         self.skipped = 0
         self._plan, self._start, self._workers, self._pin = plan, start, workers, pin
         reader = Reader(list(sets), image_size, on_bad_sample)
-        self._fetch = _PlannedBatch(reader, plan, rank, size, augment or Augment())
+        self._fetch = _PlannedBatch(reader, plan, rank, size, augment or Augment(), note)
 
     def __iter__(self) -> Iterator[Batch]:
         bad_in_a_row = 0
@@ -207,9 +212,9 @@ def _moved(item: Item, place: "torch.Tensor") -> Item:
 
 
 class _PlannedBatch:
-    def __init__(self, reader: Reader, plan: Plan, rank: int, size: int, augment: Augment) -> None:
+    def __init__(self, reader: Reader, plan: Plan, rank: int, size: int, augment: Augment, note: Note | None) -> None:
         self._reader, self._plan, self._rank, self._size = reader, plan, rank, size
-        self._augment = _AS_STORED if augment == _AS_STORED else augment
+        self._augment, self._note = _AS_STORED if augment == _AS_STORED else augment, note
         self._asked = 0
         self._ahead = Ahead() if any(shard_set.remote for shard_set in reader.sets) else None
 
@@ -217,7 +222,10 @@ class _PlannedBatch:
         if self._ahead is not None:
             self._ahead.want(self._shards_until(n + AHEAD_BATCHES))
         share = self._plan.share_at(n, self._rank, self._size)
-        return self._reader.batch(share, self._augment, self._plan.seed, room)
+        fetched = self._reader.batch(share, self._augment, self._plan.seed, room)
+        if self._note is None:
+            return fetched
+        return replace(fetched, items=[replace(item, note=self._note(item)) for item in fetched.items])
 
     def _shards_until(self, n: int) -> Iterator[tuple[ShardSet, int]]:
         """Remote shards that this rank's batches need up to batch n, from where the last call ended."""
@@ -230,11 +238,12 @@ class _PlannedBatch:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A plan may hold the heads of all samples: a worker makes its own, over the same mapped index.
-        return (_planned_batch, (self._reader, self._plan.options(), self._rank, self._size, self._augment))
+        options = self._plan.options()
+        return (_planned_batch, (self._reader, options, self._rank, self._size, self._augment, self._note))
 
 
-def _planned_batch(reader: Reader, options: dict[str, Any], rank: int, size: int, augment: Augment) -> _PlannedBatch:
-    return _PlannedBatch(reader, Plan.of(reader.sets, **options), rank, size, augment)
+def _planned_batch(reader: Reader, options: dict[str, Any], *more: Any) -> _PlannedBatch:
+    return _PlannedBatch(reader, Plan.of(reader.sets, **options), *more)
 
 
 class _EvaluationBatch:

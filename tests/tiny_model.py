@@ -1,6 +1,7 @@
 """A CogVLM of a few thousand weights for tests, taught for seconds to answer in the right formats."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from cogvlm_hpe.model.configuration import CogVLMConfig
 from cogvlm_hpe.model.modeling import CogVLMForCausalLM
 from cogvlm_hpe.model.pixels import normalise
 from cogvlm_hpe.model.tokenizer import FILE_NAME, train_tokenizer
+from cogvlm_hpe.train.ask import Asker
 from cogvlm_hpe.train.batch import Collator
 from shards.index import open_set
 from shards.stream import read_all
@@ -54,12 +56,10 @@ def write_tiny_model(
 
 def _teach(model: CogVLMForCausalLM, tokenizer, shard_set: Path, steps: int, tasks: Sequence[Task]) -> None:
     eos, pad = model.config.eos_token_id, model.config.pad_token_id
-    collator = Collator(
-        tokenizer, ModelConfig(base=""), [tasks], at_most=8, min_visible=0.5, seed=0,
-        image_size=_SIDE_PX, eos=eos, pad=pad,
-    )  # fmt: skip
+    asker = Asker(tokenizer, ModelConfig(base=""), [tasks], at_most=8, min_visible=0.5, seed=0, eos=eos)
     [(_, items)] = read_all(open_set(shard_set), 0, 1, batch=8, image_size=_SIDE_PX, limit=8)
-    batch = collator(items, torch.stack([item.image for item in items if item.image is not None]))
+    noted = [replace(item, note=asker(item)) for item in items]
+    batch = Collator(_SIDE_PX, eos, pad)(noted, torch.stack([item.image for item in items if item.image is not None]))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(steps):
         loss = model(

@@ -27,6 +27,7 @@ from cogvlm_hpe.model.modeling import CogVLMForCausalLM
 from cogvlm_hpe.model.tokenizer import load_tokenizer
 from cogvlm_hpe.model.weights import open_weights, read_config
 from cogvlm_hpe.train import adapter, checkpoint
+from cogvlm_hpe.train.ask import Asker
 from cogvlm_hpe.train.batch import Collator
 from cogvlm_hpe.train.engine import Engine, deepspeed_config, prepare_deepspeed
 from cogvlm_hpe.train.evaluation import Judge
@@ -89,15 +90,16 @@ def setup(config: RunConfig, world: World, comm: Comm, *, resume: bool, allow_ch
     if saved is not None and not allow_change:
         refuse_other_sets(saved, plan, run_dir)
     engine = Engine(module, config, comm, accumulation)  # 5
-    collator = make_collator(config, tokenizer, model)
+    image_size, eos = model.config.vision_config["image_size"], model.config.eos_token_id
+    collator = Collator(image_size, eos, model.config.pad_token_id)
     if saved is not None:
         wake_optimizer(engine, collator, accumulation)  # 6
         engine.load(saved.weights, saved.optimizer)
     first_step = saved.step if saved is not None else 0
     monitor = open_monitor(config, world, comm, start_s, first_step)
     describe_start(monitor, config, module, sets, plan)
-    image_size = model.config.vision_config["image_size"]
-    stream = make_stream(config.shards, sets, plan, comm, image_size, first_step)  # 7
+    asker = make_asker(config, tokenizer, eos)
+    stream = make_stream(config.shards, sets, plan, comm, image_size, asker, first_step)  # 7
     writer = checkpoint.Writer(run_dir, describe, config.train.keep, config.evaluate.best, config.train.async_save)
     judge = (
         Judge(config, Loaded(model, tokenizer, describe.notes), engine, comm) if config.train.evaluate_every else None
@@ -118,9 +120,9 @@ def make_plan(shards: ShardsConfig, sets: list[ShardSet]) -> Plan:
 
 
 def make_stream(
-    shards: ShardsConfig, sets: list[ShardSet], plan: Plan, comm: Comm, image_size: int, first_step: int
+    shards: ShardsConfig, sets: list[ShardSet], plan: Plan, comm: Comm, image_size: int, asker: Asker, first_step: int
 ) -> Stream:
-    """This rank's images from `first_step` on."""
+    """This rank's images and their questions from `first_step` on."""
     return Stream(
         sets,
         plan,
@@ -131,6 +133,7 @@ def make_stream(
         workers=shards.workers,
         on_bad_sample=shards.on_bad_sample,
         augment=Augment(shards.flip, **asdict(shards.augment)),
+        note=asker,
         pin=True,
     )
 
@@ -221,18 +224,16 @@ def wake_optimizer(engine: Engine, collator: Collator, accumulation: int) -> Non
         engine.step()
 
 
-def make_collator(config: RunConfig, tokenizer: Tokenizer, model: CogVLMForCausalLM) -> Collator:
+def make_asker(config: RunConfig, tokenizer: Tokenizer, eos: int) -> Asker:
     """The rules by which this run's records become questions."""
-    return Collator(
+    return Asker(
         tokenizer,
         config.model,
         [entry.ask for entry in config.shards.train],
         at_most=config.shards.questions,
         min_visible=config.shards.min_visible,
         seed=config.shards.seed,
-        image_size=model.config.vision_config["image_size"],
-        eos=model.config.eos_token_id,
-        pad=model.config.pad_token_id,
+        eos=eos,
     )
 
 

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import pytest
 import torch
 
 from cogvlm_hpe.config import ModelConfig
@@ -10,7 +9,8 @@ from cogvlm_hpe.dialogue import TASKS
 from cogvlm_hpe.model.folders import resolve_base
 from cogvlm_hpe.model.layout import IGNORE
 from cogvlm_hpe.model.tokenizer import load_tokenizer
-from cogvlm_hpe.train.batch import Collator, choose
+from cogvlm_hpe.train.ask import Asker
+from cogvlm_hpe.train.batch import Collator
 from shards.index import open_set
 from shards.plan import Plan
 from shards.stream import Item, Stream
@@ -18,22 +18,20 @@ from shards.stream import Item, Stream
 TOKENIZER = load_tokenizer(resolve_base("tiny"))
 
 
-def collator(at_most: int = 8) -> Collator:
-    return Collator(
-        TOKENIZER, ModelConfig(base="tiny"), [TASKS], at_most=at_most, min_visible=0.5, seed=3, image_size=28,
-        eos=2, pad=0,
-    )  # fmt: skip
+COLLATOR = Collator(image_size=28, eos=2, pad=0)
 
 
 def share_of(folder: Path, batch: int = 6) -> tuple[list[Item], torch.Tensor]:
     shard_set = open_set(folder)
-    share = next(iter(Stream([shard_set], Plan([len(shard_set)], [1.0], 0, batch), 0, 1, image_size=28)))
+    asker = Asker(TOKENIZER, ModelConfig(base="tiny"), [TASKS], at_most=8, min_visible=0.5, seed=3, eos=2)
+    plan = Plan([len(shard_set)], [1.0], 0, batch)
+    share = next(iter(Stream([shard_set], plan, 0, 1, image_size=28, note=asker)))
     assert share.images is not None
     return share[1], share.images
 
 
 def test_only_answers_carry_labels(tiny_set) -> None:
-    batch = collator()(*share_of(tiny_set()))
+    batch = COLLATOR(*share_of(tiny_set()))
     assert batch.n_answers == len(batch.input_ids) == len(batch.image_index) > 6
     for ids, labels in zip(batch.input_ids, batch.labels, strict=True):
         answer = labels != IGNORE
@@ -44,7 +42,7 @@ def test_only_answers_carry_labels(tiny_set) -> None:
 
 
 def test_boxes_are_of_what_is_asked_about(tiny_set) -> None:
-    batch = collator()(*share_of(tiny_set()))
+    batch = COLLATOR(*share_of(tiny_set()))
     for task, box, labels in zip(batch.tasks, batch.boxes, batch.labels, strict=True):
         if task == "where":
             text = TOKENIZER.decode(labels[labels != IGNORE][:-1].tolist())
@@ -55,23 +53,14 @@ def test_boxes_are_of_what_is_asked_about(tiny_set) -> None:
 
 def test_a_skipped_sample_is_a_blank_image_without_questions(tiny_set) -> None:
     items, images = share_of(tiny_set(), batch=2)
-    hole = Item(items[1].slot, "bad", None, None)
-    batch = collator()([items[0], hole], images)
+    hole = Item(items[1].slot, "bad", None, None, note=[])
+    batch = COLLATOR([items[0], hole], images)
     assert batch.images is images
     assert set(batch.image_index.tolist()) == {0}
 
 
 def test_a_batch_of_holes_still_runs_one_branch(tiny_set) -> None:
     items, images = share_of(tiny_set(), batch=1)
-    batch = collator()([Item(items[0].slot, "bad", None, None)], images)
+    batch = COLLATOR([Item(items[0].slot, "bad", None, None, note=[])], images)
     assert batch.n_answers == 0
     assert (batch.labels == IGNORE).all() and len(batch.input_ids) == 1
-
-
-@pytest.mark.parametrize("position", [0, 1, 99])
-def test_choice_depends_on_seed_and_position_alone(position: int) -> None:
-    questions = list(range(20))
-    chosen = choose(questions, 5, 7, position)
-    assert chosen == choose(questions, 5, 7, position) == sorted(chosen)
-    assert len(chosen) == 5
-    assert len({tuple(choose(questions, 5, 7, p)) for p in range(50)}) > 10
