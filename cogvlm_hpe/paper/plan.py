@@ -26,6 +26,7 @@ CONTINUED = ("layerwise", "lora", "task-arithmetic")
 QUANTILES = (0.05, 0.1, 0.25, 0.5, 0.75)
 WEIGHTS = (0.3, 0.5, 0.7, 0.85)
 DENSITIES = (0.2, 0.5, 0.8)
+PROBE = "probe.json"
 FULL_RANK = 128
 """Of the tiny base's layers: TIES and DARE leave no low rank, and at the full one nothing of them is lost."""
 
@@ -96,10 +97,20 @@ def plan(root: Path, sizes: Sizes, seeds: Sequence[int], nproc: int) -> list[Sta
     return [
         *(stages.shards(first.set(name), *SETS[name], sizes.scenes(name), sizes.data_seed, nproc) for name in SETS),
         stages.base(first.base),
+        _probe(first),
         *(stage for at in places for stage in _seed(at)),
         *(stage for at in places for on in TESTS for stage in _judged(at, on, with_base=at is first)),
         report(root, [root / "evaluation" / on for on in TESTS], "systems.yaml"),
     ]
+
+
+def _probe(at: Place) -> Stage:
+    def work() -> None:
+        from cogvlm_hpe.paper.probe import probe
+
+        probe(at.base, at.set("a-train"), [at.set(on) for on in TESTS], at.root / PROBE)
+
+    return Stage("probe the base", at.root / PROBE, work)
 
 
 def _seed(at: Place) -> list[Stage]:
