@@ -45,7 +45,7 @@ from shards.augment import Augment
 from shards.index import ShardSet, open_set
 from shards.plan import Plan
 from shards.shuffle import quality
-from shards.stream import Stream
+from shards.stream import Note, Stream
 
 CONFIG_FILE = "config.yaml"
 
@@ -120,9 +120,9 @@ def make_plan(shards: ShardsConfig, sets: list[ShardSet]) -> Plan:
 
 
 def make_stream(
-    shards: ShardsConfig, sets: list[ShardSet], plan: Plan, comm: Comm, image_size: int, asker: Asker, first_step: int
+    shards: ShardsConfig, sets: list[ShardSet], plan: Plan, comm: Comm, image_size: int, note: Note, first_step: int
 ) -> Stream:
-    """This rank's images and their questions from `first_step` on."""
+    """This rank's images, and what the readers write about them, from `first_step` on."""
     return Stream(
         sets,
         plan,
@@ -133,7 +133,7 @@ def make_stream(
         workers=shards.workers,
         on_bad_sample=shards.on_bad_sample,
         augment=Augment(shards.flip, **asdict(shards.augment)),
-        note=asker,
+        note=note,
         pin=True,
     )
 

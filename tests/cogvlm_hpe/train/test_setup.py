@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -50,19 +51,20 @@ def test_a_run_reads_what_its_config_says(tiny_set: Callable[..., Path], tmp_pat
     plan = make_plan(config.shards, sets)
     expected = Plan.of(sets, [1.0], 9, 4, block_shards=1, bucket_batches=3)
     assert [plan.batch_at(n) for n in range(9)] == [expected.batch_at(n) for n in range(9)]
-    n, items = next(iter(make_stream(config.shards, sets, plan, single(), 28, 5)))
+    n, items = next(iter(make_stream(config.shards, sets, plan, single(), 28, attrgetter("key"), 5)))
     augment = Augment(flip=False, rotate_deg=20.0, crop=0.7, colour=0.2)
     assert n == 5
     for item in items:
         stored = sets[0].record(item.slot.sample)
         assert item.record == augment.at(9, item.slot.position, stored).record(stored)
+        assert item.note == item.key
 
 
 def test_an_augmentation_out_of_range_names_its_key(tiny_set: Callable[..., Path], tmp_path: Path) -> None:
     path = tiny_set(samples=20)
     config, sets = config_of(tmp_path, path, rotate_deg=200.0), [open_set(path)]
     with pytest.raises(UsageError, match=r"augment\.rotate_deg 200"):
-        make_stream(config.shards, sets, make_plan(config.shards, sets), single(), 28, 0)
+        make_stream(config.shards, sets, make_plan(config.shards, sets), single(), 28, attrgetter("key"), 0)
 
 
 def test_the_log_says_what_is_streamed(tiny_set: Callable[..., Path], tmp_path: Path) -> None:

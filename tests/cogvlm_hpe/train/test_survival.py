@@ -24,10 +24,11 @@ sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
 import chaos
 
 from cogvlm_hpe.model.tokenizer import load_tokenizer
+from cogvlm_hpe.model.weights import read_config
 from cogvlm_hpe.train import checkpoint
 from cogvlm_hpe.train.command import parse
 from cogvlm_hpe.train.loop import Tally, next_batches, run_loop, train_step
-from cogvlm_hpe.train.setup import make_stream, setup
+from cogvlm_hpe.train.setup import make_asker, make_stream, setup
 from launcher.comm import from_torch, single
 from launcher.errors import UserError
 from launcher.supervise import STOP_SIGNALS, StopFlag
@@ -126,6 +127,8 @@ def stopped_five_times(out: Path, words: list[str]) -> None:
     world, seen = discover(), {}
     config, comm = parse(words)[0], from_torch(world)
     run = setup(config, world, comm, resume=False, allow_change=False)
+    base, sets = Path(config.model.base), [open_set(config.shards.train[0].path)]
+    asker = make_asker(config, load_tokenizer(base), read_config(base).eos_token_id)
     for turn, number in enumerate(STOP_SIGNALS):
         flag, start_s = StopFlag(), time.monotonic()
         if comm.rank == turn % comm.size:
@@ -136,7 +139,7 @@ def stopped_five_times(out: Path, words: list[str]) -> None:
         seen[number.name] |= {"first": run.first_step, "seconds": time.monotonic() - start_s}
         first_step = seen[number.name]["step"]
         side = run.collator.image_size
-        stream = make_stream(config.shards, [open_set(config.shards.train[0].path)], run.plan, comm, side, first_step)
+        stream = make_stream(config.shards, sets, run.plan, comm, side, asker, first_step)
         run = dataclasses.replace(run, first_step=first_step, stream=stream)
     out.with_suffix(f".{world.rank}").write_text(json.dumps(seen))
 
