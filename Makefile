@@ -27,8 +27,9 @@ paper: .venv/installed
 TRAIN_BASE = OMP_NUM_THREADS=1 $(BIN)/cogvlm-hpe train --resume --config cogvlm_hpe/configs/tiny
 base: .venv/installed runs/base/a-base/index.json runs/base/b-base/index.json
 	$(TRAIN_BASE)/tower.yaml
-	$(TRAIN_BASE)/base.yaml
-	$(BIN)/python -m cogvlm_hpe.model.tiny take runs/base/run
+	$(TRAIN_BASE)/whole.yaml
+	$(TRAIN_BASE)/attributes.yaml
+	$(BIN)/python -m cogvlm_hpe.model.tiny take runs/base
 
 # The rate does not depend on the horizon while it rises, which it does for 40 steps.
 base-check: .venv/installed runs/base/a-base/index.json runs/base/b-base/index.json

@@ -127,7 +127,8 @@ def _copy_base(out: Path) -> None:
         for path in PACKAGED.iterdir():
             if path.is_file():
                 shutil.copy2(path, folder / path.name)
-        replay(folder / "metrics.jsonl", folder / "tensorboard")
+        for curves in folder.glob("metrics-*.jsonl"):
+            replay(curves, folder / "tensorboard" / curves.stem.removeprefix("metrics-"))
 
 
 def lora(

@@ -1,7 +1,8 @@
 """Makes the packaged `tiny` base: its tokenizer before training, its weights after.
 
 python -m cogvlm_hpe.model.tiny tokenizer
-python -m cogvlm_hpe.model.tiny take RUN     the newest checkpoint of a training run, in bf16, with its curves
+python -m cogvlm_hpe.model.tiny take DIR     what the runs DIR/tower, DIR/whole, DIR/attributes have made, in bf16, with
+                                             their curves
 python -m cogvlm_hpe.model.tiny check RUN    whether the start of a new training of the tower went as the packaged one
 """
 
@@ -17,6 +18,8 @@ from cogvlm_hpe.model.tokenizer import FILE_NAME, train_tokenizer
 from cogvlm_hpe.train.auxiliary import COLOURS, KINDS
 from launcher.errors import UserError, run_main
 
+STAGES = ("tower", "whole", "attributes")
+"""Of its training; each has its config in the package."""
 _HEADS = ("head", "left head", "right head", "largest head", "smallest head")
 _DIRECTIONS = ("front", "back", "left", "right", "up", "down")
 _SAME = 0.01
@@ -39,21 +42,22 @@ def make_tokenizer(folder: Path) -> None:
     print(f"{folder / FILE_NAME}: {tokenizer.get_vocab_size()} tokens")
 
 
-def take(run: Path, folder: Path) -> None:
-    """Copy a run's newest weights, rounded to bf16, and its metrics. Raises UserError where there are none."""
+def take(runs: Path, folder: Path) -> None:
+    """Copy the last stage's newest weights, in bf16, and the curves of all. Raises UserError where one is missing."""
     import torch
     from safetensors.torch import load_file, save_file
 
-    source = run / "last" / "model.safetensors"
-    if not source.is_file():
-        raise UserError(f"{source}: no such file; name a run folder that trained a whole model")
+    source = runs / STAGES[-1] / "last" / "model.safetensors"
+    for path in (source, *(runs / stage / "metrics.jsonl" for stage in STAGES)):
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; name the folder that holds the runs {', '.join(STAGES)}")
     weights = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(source).items()}
     target = folder / "model.safetensors"
     save_file(weights, target, metadata={"format": "pt"})
     target.chmod(0o644)  # safetensors makes files only their owner can read
-    shutil.copy(run / "metrics.jsonl", folder / "metrics.jsonl")
-    step = json.loads((run / "last" / "trainer.json").read_text())["step"]
-    print(f"{target}: {sum(t.numel() for t in weights.values()):,} weights after {step} steps")
+    for stage in STAGES:
+        shutil.copy(runs / stage / "metrics.jsonl", folder / f"metrics-{stage}.jsonl")
+    print(f"{target}: {sum(t.numel() for t in weights.values()):,} weights")
 
 
 def check(run: Path, folder: Path) -> None:
@@ -82,13 +86,13 @@ def main() -> int:
     """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("tokenizer", "take", "check"))
-    parser.add_argument("run", type=Path, nargs="?")
+    parser.add_argument("run", type=Path, nargs="?", metavar="RUN or DIR")
     args = parser.parse_args()
     folder = resolve_base("tiny")
     if args.what == "tokenizer":
         make_tokenizer(folder)
     elif args.run is None:
-        parser.error(f"{args.what} needs RUN")
+        parser.error(f"{args.what} needs a folder")
     else:
         {"take": take, "check": check}[args.what](args.run, folder)
     return 0

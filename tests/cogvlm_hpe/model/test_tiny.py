@@ -5,9 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from cogvlm_hpe.model.folders import resolve_base
-from cogvlm_hpe.model.tiny import check
+from cogvlm_hpe.model.tiny import STAGES, check, take
 from launcher.errors import UserError
 
 
@@ -28,3 +30,22 @@ def test_the_start_of_a_training_is_compared_with_the_packaged_one(
     curve.write_text(json.dumps(first | {"global_step": 7}))
     with pytest.raises(UserError, match="no step in common"):
         check(tmp_path, base)
+
+
+def test_the_package_takes_the_last_stage_and_the_curves_of_all(tmp_path: Path) -> None:
+    package, weights = tmp_path / "package", {"x": torch.tensor([1.0, 0.1])}
+    package.mkdir()
+    for stage in STAGES:
+        last = tmp_path / stage / "last"
+        last.mkdir(parents=True)
+        save_file({name: len(stage) * tensor for name, tensor in weights.items()}, last / "model.safetensors")
+        if stage != "whole":
+            (tmp_path / stage / "metrics.jsonl").write_text(f'{{"global_step": {len(stage)}}}')
+    with pytest.raises(UserError, match="whole/metrics.jsonl: no such file"):
+        take(tmp_path, package)
+    assert not list(package.iterdir())
+    (tmp_path / "whole" / "metrics.jsonl").write_text("{}")
+    take(tmp_path, package)
+    taken = load_file(package / "model.safetensors")
+    assert torch.equal(taken["x"], (len("attributes") * weights["x"]).bfloat16())
+    assert {path.name for path in package.glob("*.jsonl")} == {f"metrics-{stage}.jsonl" for stage in STAGES}
