@@ -57,6 +57,40 @@ def _floor(system: System) -> tuple[float, float, float]:
     return (score["mean"], *score["ci95"])
 
 
+def pose_and_grounding(systems: Sequence[System]) -> bytes | None:
+    """Objects found over the mean geodesic error, a cross of 95 % intervals for each system; None with fewer than two.
+
+    Only of systems that were asked about both.
+    """
+    sets: dict[str, list[System]] = {}
+    for system in systems:
+        if system.has("pose") and system.has("where"):
+            sets.setdefault(system.set_name, []).append(system)
+    if max(map(len, sets.values()), default=0) < 2:
+        return None
+    names = list(dict.fromkeys(system.name for system in systems))
+    figure, axes = _row_of_axes(len(sets), height=3.6)
+    for axis, (name, group) in zip(axes, sets.items(), strict=True):
+        for system in group:
+            error, found = system.geodesic, system.grounding
+            axis.errorbar(
+                error.mean, 100 * found.mean, 100 * _span(found), _span(error), fmt="o", capsize=3,
+                label=_short(system.name), color=_colour(names, system.name),
+            )  # fmt: skip
+        axis.set_ylim(-4, 104)
+        axis.set_xlim(left=0)
+        axis.set_title(name)
+        axis.set_xlabel("mean geodesic error (deg)")
+        axis.set_ylabel("grounding (%)")
+    _legend(figure, axes, inside=False)
+    return _png(figure)
+
+
+def _span(score: metrics.Estimate) -> np.ndarray:
+    """(2, 1) how far the interval reaches below and above the mean."""
+    return np.array([[score.mean - score.low], [score.high - score.mean]])
+
+
 def error_by_yaw(results: Sequence[Result]) -> bytes | None:
     """Mean geodesic error over bins of the true |yaw|: frontal heads left, heads seen from behind right."""
     return _error_by_bins(results, "by_yaw", metrics.YAW_EDGES_DEG, "true |yaw| (deg)")

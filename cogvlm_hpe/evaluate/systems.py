@@ -54,6 +54,11 @@ class System:
         ]
         return np.mean(np.array(found, dtype=float), axis=0)
 
+    @cached_property
+    def grounding(self) -> Estimate:
+        """Mean of `hits`; the interval is from resampling images."""
+        return metrics.bootstrap_mean(self.hits, [row["key"] for row in self.runs[0].rows_of("where")])
+
     def ids(self, task: str) -> list[str]:
         """Which heads or objects it was asked about."""
         return [row["id"] for row in self.runs[0].rows_of(task)]

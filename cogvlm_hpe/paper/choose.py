@@ -38,8 +38,8 @@ def choose(rows: Mapping[str, Sequence[Candidate]], judged: Path, out: Path) -> 
 
     `judged` holds a result folder for every candidate, by its name, and one for `base`.
     """
-    base = _scores(judged, "base")
-    costs = {row: {one.name: cost(_scores(judged, one.name), base) for one in given} for row, given in rows.items()}
+    base = tasks_of(judged, "base")
+    costs = {row: {one.name: cost(tasks_of(judged, one.name), base) for one in given} for row, given in rows.items()}
     with atomic_folder(out) as folder:
         best = {}
         for row, given in rows.items():
@@ -49,5 +49,6 @@ def choose(rows: Mapping[str, Sequence[Candidate]], judged: Path, out: Path) -> 
         write_json_atomic(folder / CHOICE, {"chosen": best, "cost": costs})
 
 
-def _scores(judged: Path, name: str) -> dict[str, Any]:
+def tasks_of(judged: Path, name: str) -> dict[str, Any]:
+    """The `tasks` of a result in the folder `judged`."""
     return json.loads((judged / name / "metrics.json").read_text())["tasks"]

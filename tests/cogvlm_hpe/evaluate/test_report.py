@@ -79,6 +79,13 @@ def test_many_systems_are_compared_with_the_first_and_the_best_and_still_drawn(
     assert len({plots._colour([r.system for r in loaded], r.system) for r in loaded}) == 13
 
 
+def test_pose_and_grounding_are_drawn_where_two_systems_were_asked_about_both(runs: list[Path]) -> None:
+    both = systems_of(results.load_results(runs[:2]))
+    assert (plots.pose_and_grounding(both) or b"").startswith(b"\x89PNG")
+    assert plots.pose_and_grounding(both[:1]) is None
+    assert both[0].grounding.mean == np.mean(both[0].hits)
+
+
 def test_a_file_that_holds_no_sentences_is_one_line(tmp_path: Path) -> None:
     file = tmp_path / "systems.yaml"
     for text, said in (("- poor", "must be `NAME: sentence`"), ("a: [", "cannot be read"), ("1: b", "put quotes")):
@@ -265,7 +272,7 @@ def test_the_report_is_whole_and_the_page_needs_no_other_file(
     assert "poor" in capsys.readouterr().out and "| good |" in (model / "README.md").read_text()
     markdown, page = (out / "report.md").read_text(), (out / "report.html").read_text()
     pictures = re.findall(r"\]\((report/[\w-]+\.png)\)", markdown)
-    assert len(pictures) == 8 and all((out / picture).is_file() for picture in pictures)
+    assert len(pictures) == 9 and all((out / picture).is_file() for picture in pictures)
     inlined = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     assert not re.search(r"https?://|@import|url\(", page)
     assert [base64.b64decode(data) for data in inlined] == [(out / picture).read_bytes() for picture in pictures]
