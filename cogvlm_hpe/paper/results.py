@@ -98,7 +98,8 @@ _CARE = {
     "the crop network has not. Claim (a) is about exactly this, but it is not a contest of architectures.",
     "weak labels": "The language model has seen W, whose poses the crop network has said; the crop network has only A.",
     "choices": "Prompts, ratios, thresholds and the continued stage are ours where the paper's public text gives none.",
-    "seeds": "They change weights, order and the crop network's labels, not the scenes.",
+    "seeds": "They change weights, order and the crop network's labels, not the scenes. The intervals are over images "
+    "and hold nothing of what another seed would change: with few seeds a verdict may still turn.",
 }
 
 
