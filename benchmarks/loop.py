@@ -84,14 +84,7 @@ def measure(run: Run, steps: int) -> tuple[list[float], list[float], float]:
         n_global, _ = run.comm.sum(np.array([sum(batch.n_answers for batch in micro_batches), 0]))
         run.engine.set_lr(rate(run.config, step))
         read_s = time.perf_counter() - start_s
-
-        def ours(
-            step: int = step, micro: list[Batch] = micro_batches, n: int = int(n_global), t: Tally = tally
-        ) -> None:
-            train_step(run, step, micro, n, t)
-            run.watchdog.beat()
-            report(run, step, t)
-
+        ours = partial(our_step, run, step, micro_batches, int(n_global), tally)
         bare = partial(bare_step, run, micro_batches, run.comm.size / max(1, int(n_global)))
         if step % 2:  # who comes second finds the batch in the caches
             step_s, engine_s = seconds(ours), seconds(bare)

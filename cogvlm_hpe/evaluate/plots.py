@@ -24,6 +24,8 @@ _MOST_SYSTEMS = 6
 _LABEL_CHARACTERS = 28
 _TILE_PX, _TILE_CHARACTERS = 200, 34
 _EXAMPLES_DEG = (5, 15, 30, 60, 90)
+UPPER_LEFT = "Upper left is good: small pose errors, and objects are still found. Crosses are 95 % intervals."
+"""How `pose_and_grounding` is read."""
 _OBLIQUE = np.array([1.0, 1.0, 1.0]) / np.sqrt(3.0)
 
 

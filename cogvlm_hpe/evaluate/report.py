@@ -137,7 +137,7 @@ def _picture(title: str, name: str, text: str, png: bytes | None) -> list[Sectio
 
 def _pictures(results: Sequence[Result], systems: Sequence[System]) -> list[Section]:
     parts = _picture("Mean error", "geodesic", _BARS, plots.geodesic_bars(systems))
-    parts += _picture("Pose and grounding", "both", _BOTH, plots.pose_and_grounding(systems))
+    parts += _picture("Pose and grounding", "both", plots.UPPER_LEFT, plots.pose_and_grounding(systems))
     for title, name, text, draw in _PICTURES:
         parts += _picture(title, name, text, draw(results))
     for number, (name, group) in enumerate(by_set(results).items()):
@@ -146,7 +146,6 @@ def _pictures(results: Sequence[Result], systems: Sequence[System]) -> list[Sect
 
 
 _BARS = "Short bars are good; the dashed line is the constant pose."
-_BOTH = "Upper left is good: small pose errors, and objects are still found. Crosses are 95 % intervals."
 _HEADS = (
     "True axes solid, predicted axes dashed with a white rim: red to the side, green down, blue out of the face. Heads "
     "are spread evenly over the set, not chosen; of more than six systems, those with the smallest error."

@@ -37,7 +37,7 @@ def sections(root: Path, sizes: Sizes, seeds: Sequence[int]) -> list[Section]:
         Section("In short", terms=_verdicts(found)),
         Section("What was run", _ran(sizes, seeds)),
         Section("Result", _RESULT, overview=overview(results, about)),
-        *_picture("Pose and grounding", "both", plots.pose_and_grounding(systems), _BOTH),
+        *_picture("Pose and grounding", "both", plots.pose_and_grounding(systems), plots.UPPER_LEFT),
         *_picture("Errors", "errors", plots.geodesic_bars(systems)),
         Section("The claims", _CLAIMS, terms=_claims(found)),
         Section("What the base's image tokens hold", _PROBE, table=_probe_table(root)),
@@ -71,7 +71,6 @@ _RESULT = (
     "pose questions answered by anything but a pose, which count as the constant pose in the errors. ± is the standard "
     "deviation over seeds. The best of each column is in bold."
 )
-_BOTH = "Upper left is good: small pose errors, and objects are still found. Crosses are 95 % intervals."
 _CLAIMS = (
     "Differences on the same questions, seeds as one system, with 95 % intervals from resampling images. A claim is "
     "*shown* where every interval lies on its side of zero, *the opposite* where one lies on the other, else *not "

@@ -1,5 +1,6 @@
 """Records to tensors."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,16 +19,22 @@ from shards.stream import Item, Stream
 TOKENIZER = load_tokenizer(resolve_base("tiny"))
 
 
+ASKER = Asker(TOKENIZER, ModelConfig(base="tiny"), [TASKS], at_most=8, min_visible=0.5, seed=3, eos=2)
 COLLATOR = Collator(image_size=28, eos=2, pad=0)
 
 
 def share_of(folder: Path, batch: int = 6) -> tuple[list[Item], torch.Tensor]:
     shard_set = open_set(folder)
-    asker = Asker(TOKENIZER, ModelConfig(base="tiny"), [TASKS], at_most=8, min_visible=0.5, seed=3, eos=2)
     plan = Plan([len(shard_set)], [1.0], 0, batch)
-    share = next(iter(Stream([shard_set], plan, 0, 1, image_size=28, note=asker)))
+    share = next(iter(Stream([shard_set], plan, 0, 1, image_size=28, note=ASKER)))
     assert share.images is not None
     return share[1], share.images
+
+
+def hole_at(item: Item) -> Item:
+    """A skipped sample as the stream gives it."""
+    hole = Item(item.slot, "bad", None, None)
+    return replace(hole, note=ASKER(hole))
 
 
 def test_only_answers_carry_labels(tiny_set) -> None:
@@ -53,14 +60,13 @@ def test_boxes_are_of_what_is_asked_about(tiny_set) -> None:
 
 def test_a_skipped_sample_is_a_blank_image_without_questions(tiny_set) -> None:
     items, images = share_of(tiny_set(), batch=2)
-    hole = Item(items[1].slot, "bad", None, None, note=[])
-    batch = COLLATOR([items[0], hole], images)
+    batch = COLLATOR([items[0], hole_at(items[1])], images)
     assert batch.images is images
     assert set(batch.image_index.tolist()) == {0}
 
 
 def test_a_batch_of_holes_still_runs_one_branch(tiny_set) -> None:
     items, images = share_of(tiny_set(), batch=1)
-    batch = COLLATOR([Item(items[0].slot, "bad", None, None, note=[])], images)
+    batch = COLLATOR([hole_at(items[0])], images)
     assert batch.n_answers == 0
     assert (batch.labels == IGNORE).all() and len(batch.input_ids) == 1
