@@ -15,12 +15,12 @@ from cogvlm_hpe.evaluate.results import Result
 from cogvlm_hpe.evaluate.systems import System, compare, forgotten, systems_of
 
 CLAIMS = {
-    "a": "A vision language model that sees the whole image beats a network on crops across data sets.",
-    "b": "Plain LoRA tuning is not enough: it forgets to find objects.",
-    "c": "Task arithmetic blends the two answer formats, more than the layer-based merge does.",
-    "d": "The layer-based merge keeps more grounding than LoRA, and reads poses better than the other merges.",
-    "d, continued": "After the same continued training the layer-based merge reads poses better than its controls.",
-    "e": "Rehearsal helps against forgetting.",
+    "a": "A vision language model that sees the whole image beats a network on crops across data sets",
+    "b": "Plain LoRA tuning is not enough: it forgets to find objects",
+    "c": "Task arithmetic blends the two answer formats, more than the layer-based merge does",
+    "d": "The layer-based merge keeps more grounding than LoRA, and reads poses better than the other merges",
+    "d, continued": "After the same continued training the layer-based merge reads poses better than its controls",
+    "e": "Rehearsal helps against forgetting",
 }
 _MERGES = ("task-arithmetic", "ties", "dare")
 _MODELS_WITHOUT = ("cnn", "base")
@@ -40,10 +40,15 @@ class Finding:
         """Which side of zero the whole interval is on; 0 for neither."""
         return int(self.estimate.low > 0) - int(self.estimate.high < 0)
 
-    def __str__(self) -> str:
-        low, high = self.estimate.low, self.estimate.high
-        side = "as claimed" if self.sign == self.claimed else "the opposite" if self.sign else "no clear difference"
-        return f"{self.text}: {self.estimate.mean:+.1f}{self.unit} [{low:+.1f}, {high:+.1f}], {side}"
+    @property
+    def side(self) -> str:
+        """The same in words."""
+        return "as claimed" if self.sign == self.claimed else "the opposite" if self.sign else "no clear difference"
+
+    @property
+    def difference(self) -> str:
+        """The mean with its interval, in the unit."""
+        return f"{self.estimate.mean:+.1f}{self.unit} [{self.estimate.low:+.1f}, {self.estimate.high:+.1f}]"
 
 
 def verdict(findings: Sequence[Finding]) -> str:

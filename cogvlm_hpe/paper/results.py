@@ -39,7 +39,7 @@ def sections(root: Path, sizes: Sizes, seeds: Sequence[int]) -> list[Section]:
         Section("Result", _RESULT, overview=overview(results, about)),
         *_picture("Pose and grounding", "both", plots.pose_and_grounding(systems), plots.UPPER_LEFT),
         *_picture("Errors", "errors", plots.geodesic_bars(systems)),
-        Section("The claims", _CLAIMS, terms=_claims(found)),
+        Section("The claims", _CLAIMS, table=_claims_table(found)),
         Section("What the base's image tokens hold", _PROBE, table=_probe_table(root)),
         Section("Cost", _COST, table=_cost_table(root, list(about), places)),
         Section("What was chosen", _CHOSEN, table=_choice_table(places)),
@@ -109,11 +109,9 @@ def _verdicts(found: Found) -> dict[str, str]:
     return {f"({name}) {text}": claims.verdict(found[name]) for name, text in claims.CLAIMS.items()}
 
 
-def _claims(found: Found) -> dict[str, str]:
-    return {
-        f"({name}) {text}": f"**{claims.verdict(found[name])}**. " + "; ".join(map(str, found[name])) + "."
-        for name, text in claims.CLAIMS.items()
-    }
+def _claims_table(found: Found) -> tuple[list[str], list[list[str]]]:
+    rows = [[name, one.text, one.difference, one.side] for name, some in found.items() for one in some]
+    return ["claim", "what is compared", "difference", "which is"], rows
 
 
 def _picture(title: str, name: str, png: bytes | None, text: str = "") -> list[Section]:

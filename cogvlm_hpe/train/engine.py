@@ -5,6 +5,7 @@ float32 tensors by name, so that any world size and any ZeRO stage can go on fro
 """
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -28,8 +29,10 @@ def prepare_deepspeed() -> None:
     """Before DeepSpeed is first imported: on a machine without CUDA, keep it from compiling its CPU op.
 
     The op (shared-memory all-reduce) takes minutes to build and a killed build leaves a lock on which every later
-    run hangs; gloo does the same work. Losses are the same with and without it.
+    run hangs; gloo does the same work. Losses are the same with and without it. Torch is kept from warning users of
+    the old names that DeepSpeed calls it by.
     """
+    warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)
     if torch.cuda.is_available():
         return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -59,8 +59,9 @@ def test_every_claim_is_shown_by_results_that_are_as_claimed(made: Made) -> None
     assert found.keys() == claims.CLAIMS.keys()
     assert {name: claims.verdict(some) for name, some in found.items()} == dict.fromkeys(found, "shown")
     beats = found["a"][0]  # the one that is best on A, and nothing of A counts
-    assert len(found["a"]) == 1 and str(beats).startswith("pose on B, layerwise-continued against cnn: -")
-    assert beats.estimate.mean == pytest.approx(-30, abs=1.5) and str(beats).endswith("as claimed")
+    assert len(found["a"]) == 1 and beats.text == "pose on B, layerwise-continued against cnn"
+    assert beats.estimate.mean == pytest.approx(-30, abs=1.5) and beats.side == "as claimed"
+    assert beats.difference.startswith("-") and beats.difference.endswith("]") and "° [-" in beats.difference
 
 
 def test_the_opposite_and_no_difference_are_told_apart(made: Made) -> None:
@@ -70,7 +71,7 @@ def test_the_opposite_and_no_difference_are_told_apart(made: Made) -> None:
     made("lora-10", 20.0)
     found = claims.findings(load_results([made("lora-25", 20.0, missed=25)]))
     assert claims.verdict(found["a"]) == "the opposite"
-    assert claims.verdict(found["b"]) == "not shown" and "no clear difference" in str(found["b"][0])
+    assert claims.verdict(found["b"]) == "not shown" and found["b"][0].side == "no clear difference"
     assert claims.verdict(found["e"]) == "the opposite"
     assert claims.verdict(found["c"]) == "not tried"
 
