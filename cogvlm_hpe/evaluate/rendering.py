@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cogvlm_hpe.evaluate import gallery
-from cogvlm_hpe.evaluate.systems import COLUMNS, Overview
+from cogvlm_hpe.evaluate.systems import COLUMNS, NOTHING, Overview
 
 PICTURES = "report"
 _TITLE = "Head pose report"
@@ -42,18 +42,27 @@ def markdown(parts: Sequence[Section], title: str = _TITLE, pictures: str = PICT
         if part.terms:
             blocks.append(_markdown_terms(part.terms))
         if part.overview:
-            rows = [
-                [f"**{cell}**" if (i, j) in part.overview.best else cell for j, cell in enumerate(row)]
-                for i, row in enumerate(part.overview.rows)
-            ]
-            blocks.append(markdown_table(part.overview.headings, rows))
-            about = zip(part.overview.rows, part.overview.about, strict=True)
-            blocks.append(_markdown_terms({row[0]: text for row, text in about if text}))
+            blocks += _markdown_overview(part.overview)
         if part.table:
             blocks.append(markdown_table(*part.table))
         if part.picture:
             blocks.append(f"![{part.title}]({pictures}/{part.picture[0]}.png)")
     return "\n\n".join(blocks) + "\n"
+
+
+def _markdown_overview(overview: Overview) -> list[str]:
+    """A table for each set, which is as wide as a page; then what the systems are."""
+    blocks = []
+    for name in overview.sets:
+        columns = overview.columns_of(name)
+        marked = [
+            [f"**{cell}**" if (i, j) in overview.best else cell for j, cell in enumerate(row)]
+            for i, row in enumerate(overview.rows)
+        ]
+        rows = [[row[0], *row[columns]] for row in marked if set(row[columns]) != {NOTHING}]
+        blocks += [f"### {name}", markdown_table(["system", *COLUMNS], rows)]
+    about = zip(overview.rows, overview.about, strict=True)
+    return [*blocks, _markdown_terms({row[0]: text for row, text in about if text})]
 
 
 def _markdown_terms(terms: dict[str, str]) -> str:

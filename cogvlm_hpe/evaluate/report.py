@@ -23,8 +23,8 @@ COLUMNS = {
     "system": "the model judged; the constant pose answers every head with the one pose that suits this set best",
     "heads": "heads asked about: every labelled head that is at least half visible",
     "geodesic": "the number that matters most: mean angle, in degrees, of the turn that takes the predicted head to "
-    "the true one; 0 is perfect, 180 the worst. In brackets the 95 % interval from resampling images; of a system that "
-    "was trained several times the mean ± standard deviation over seeds, and how many there are",
+    "the true one; 0 is perfect, 180 the worst. ± is the standard deviation over seeds, of a system that was trained "
+    "several times; in brackets the 95 % interval from resampling images",
     "median": "half of the heads have a smaller geodesic error than this, in degrees",
     "p90": "nine of ten heads have a smaller one",
     "MAE": "mean absolute error in degrees over yaw, pitch and roll: what papers print; near yaw ±90 pitch and roll "
@@ -33,9 +33,10 @@ COLUMNS = {
     "grounding": "share of objects found: the answered box overlaps the true one by half or more (IoU ≥ 0.5); it "
     "shows what the model has forgotten while it learned poses",
     "mean IoU": "how far answered and true boxes overlap, on average: 1 is the same box, no box counts as 0",
-    "wrong format": "share of pose questions answered by anything but a well-formed pose, and run by run of box "
-    "questions by anything but a box; none is left out: in the errors they count as the constant pose, and as objects "
-    "not found",
+    "not a pose": "share of pose questions answered by anything but a well-formed pose, and how many of those mix the "
+    "formats of poses and boxes; none is left out: in the errors they count as the constant pose",
+    "not a box": "the same of box questions, of those about objects; they count as objects not found",
+    "wrong format": "not a pose and not a box, run by run",
     "blended": "share of answers that mix the formats of poses and boxes, for pose and for box questions",
 }
 

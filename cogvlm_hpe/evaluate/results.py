@@ -85,6 +85,11 @@ class Result:
         return metrics.geodesic_errors_deg(self._charged[0], self._truth)
 
     @cached_property
+    def mae_deg(self) -> Array:
+        """(n,) errors of yaw, pitch and roll, their mean, of the same questions charged in the same way."""
+        return metrics.angle_errors_deg(self._charged[0], self._truth).mean(axis=1)
+
+    @cached_property
     def constant_deg(self) -> Array:
         """(n,) errors of the constant pose on the same heads."""
         return metrics.geodesic_errors_deg(np.broadcast_to(self._charged[1], self._truth.shape), self._truth)

@@ -12,8 +12,10 @@ from cogvlm_hpe.evaluate.metrics import Array, Estimate
 from cogvlm_hpe.evaluate.results import CONSTANT, Result, by_set
 from cogvlm_hpe.evaluate.summary import IOU_HIT
 
-COLUMNS = ("geodesic", "MAE", "grounding", "wrong format")
+COLUMNS = ("geodesic", "MAE", "not a pose", "grounding", "not a box")
 """Of the overview, for each set."""
+NOTHING = "–"
+"""What a cell holds where nothing was asked."""
 _ALL_PAIRS = 5
 _FLOOR = "no model: answers every head with the one pose that suits the set best, which is no better than not looking"
 
@@ -44,6 +46,12 @@ class System:
     def geodesic(self) -> Estimate:
         """Mean of `geodesic_deg`; the interval is from resampling images."""
         return metrics.bootstrap_mean(self.geodesic_deg, [row["key"] for row in self.runs[0].pose_rows])
+
+    @cached_property
+    def mae(self) -> Estimate:
+        """Mean of the errors of yaw, pitch and roll, degrees, over heads and runs; the interval is as above."""
+        errors = np.mean([run.mae_deg for run in self.runs], axis=0)
+        return metrics.bootstrap_mean(errors, [row["key"] for row in self.runs[0].pose_rows])
 
     @cached_property
     def hits(self) -> Array:
@@ -103,11 +111,10 @@ class Overview:
     about: list[str]
     best: set[tuple[int, int]]
 
-    @property
-    def headings(self) -> list[str]:
-        """Of a table with one row of headings."""
-        pairs = [f"{name}: {column}" for name in self.sets for column in COLUMNS]
-        return ["system", *(pairs if len(self.sets) > 1 else COLUMNS)]
+    def columns_of(self, name: str) -> slice:
+        """Those of one set in a row."""
+        start = 1 + self.sets.index(name) * len(COLUMNS)
+        return slice(start, start + len(COLUMNS))
 
 
 def overview(results: Sequence[Result], about: Mapping[str, str] | None = None) -> Overview:
@@ -141,41 +148,43 @@ def _best(values: Array) -> set[tuple[int, int]]:
 
 def _floor_cells(system: System | None) -> list[str]:
     if system is None:
-        return ["–"] * len(COLUMNS)
-    scores = system.runs[0].tasks["pose"]["constant_pose"]
-    errors = [_spread([scores[name]["mean"]], scores[name]["ci95"]) for name in ("geodesic", "mae")]
-    return [*errors, "–", "–"]
+        return [NOTHING] * len(COLUMNS)
+    pose = system.runs[0].tasks["pose"]
+    scores = [pose["constant_pose"][name] for name in ("geodesic", "mae")]
+    errors = [Estimate(of["mean"], of["ci95"][0], of["ci95"][1], pose["n"]) for of in scores]
+    return [*(_spread(error, ()) for error in errors), *[NOTHING] * 3]
 
 
 def _cells(system: System | None) -> list[tuple[str, float]]:
     """Text and value (the smaller the better) of each column; NaN where there is none."""
-    nothing = ("–", float("nan"))
+    cells = [(NOTHING, float("nan"))] * len(COLUMNS)
     if system is None:
-        return [nothing] * len(COLUMNS)
-    cells = [nothing, nothing, nothing, nothing]
+        return cells
     tasks = [run.tasks for run in system.runs]
     if system.has("pose"):
-        geodesic = [task["pose"]["all"]["geodesic"]["mean"] for task in tasks]
-        mae = [task["pose"]["all"]["mae"]["mean"] for task in tasks]
-        wrong = [1 - task["pose"]["n_valid"] / task["pose"]["n"] for task in tasks]
-        blended = float(np.mean([task["pose"]["format"]["blended"] for task in tasks]))
-        mixed = f" ({100 * blended:.1f} blended)" if blended else ""
-        cells[0] = _spread(geodesic, tasks[0]["pose"]["all"]["geodesic"]["ci95"]), float(np.mean(geodesic))
-        cells[1] = _spread(mae, tasks[0]["pose"]["all"]["mae"]["ci95"]), float(np.mean(mae))
-        cells[3] = f"{100 * np.mean(wrong):.1f} %{mixed}", float(np.mean(wrong))
+        means = [[task["pose"]["all"][name]["mean"] for task in tasks] for name in ("geodesic", "mae")]
+        cells[0] = _spread(system.geodesic, means[0]), system.geodesic.mean
+        cells[1] = _spread(system.mae, means[1]), system.mae.mean
+        cells[2] = _misshapen([task["pose"] for task in tasks])
     if system.has("where"):
-        found = [100 * task["where"]["accuracy"]["mean"] for task in tasks]
-        interval = [100 * share for share in tasks[0]["where"]["accuracy"]["ci95"]]
-        cells[2] = _spread(found, interval, " %"), -float(np.mean(found))
+        found = [task["where"]["accuracy"]["mean"] for task in tasks]
+        cells[3] = _spread(system.grounding, found, " %", 100), -system.grounding.mean
+        cells[4] = _misshapen([task["where"] for task in tasks])
     return cells
 
 
-def _spread(values: Sequence[float], interval: Sequence[float] | None = None, unit: str = "") -> str:
-    """The mean with the standard deviation over runs, or of a single run with its interval."""
-    text = f"{np.mean(values):.1f}{unit}"
-    if len(values) > 1:
-        return f"{text} ± {np.std(values, ddof=1):.1f} ({len(values)})"
-    return text if interval is None else f"{text} [{interval[0]:.1f}, {interval[1]:.1f}]"
+def _spread(estimate: Estimate, runs: Sequence[float], unit: str = "", scale: float = 1) -> str:
+    """The mean, of several runs with their standard deviation, and the interval."""
+    mean, low, high = (scale * value for value in (estimate.mean, estimate.low, estimate.high))
+    deviation = f" ± {scale * np.std(runs, ddof=1):.1f}" if len(runs) > 1 else ""
+    return f"{mean:.1f}{unit}{deviation} [{low:.1f}, {high:.1f}]"
+
+
+def _misshapen(scores: Sequence[Mapping[str, Any]]) -> tuple[str, float]:
+    """Of one task's scores, a run each: the share of answers in another form than was asked for."""
+    wrong = float(np.mean([1 - of["n_valid"] / of["n"] for of in scores]))
+    blended = float(np.mean([of["format"]["blended"] for of in scores]))
+    return f"{100 * wrong:.1f} %" + (f" ({100 * blended:.1f} blended)" if blended else ""), wrong
 
 
 def in_short(results: Sequence[Result]) -> dict[str, str]:

@@ -67,9 +67,10 @@ def _ran(sizes: Sizes, seeds: Sequence[int]) -> str:
 
 
 _RESULT = (
-    "Geodesic error and MAE in degrees; grounding is the share of objects found (IoU ≥ 0.5); wrong format the share of "
-    "pose questions answered by anything but a pose, which count as the constant pose in the errors. ± is the standard "
-    "deviation over seeds. The best of each column is in bold."
+    "Geodesic error and MAE in degrees; grounding is the share of objects found (IoU ≥ 0.5); not a pose, not a box: "
+    "the share of such questions answered by anything else, which count as the constant pose and as not found, and of "
+    "those that mix the formats. ± is the standard deviation over seeds, in brackets the 95 % interval from resampling "
+    "images. The best of each column is in bold."
 )
 _CLAIMS = (
     "Differences on the same questions, seeds as one system, with 95 % intervals from resampling images. A claim is "
