@@ -94,6 +94,9 @@ _CHOSEN = (
 _SWEEPS = "One thing of LoRA's training changed at a time, one seed. Differences of a few degrees may be chance."
 _CARE = {
     "size": "A base of three million parameters says what the method does, not what seventeen billion would do.",
+    "few layers": "LoRA changes twenty matrices in four decoder layers here, so that a merge that puts layers back has "
+    "twenty switches, each of which holds much of a skill; the same LoRA on CogVLM has 160. Of all claims (d) may "
+    "suffer most from this.",
     "two looks": "The base has seen B's look (other people, no angles), as a large model has seen much of the world; "
     "the crop network has not. Claim (a) is about exactly this, but it is not a contest of architectures.",
     "weak labels": "The language model has seen W, whose poses the crop network has said; the crop network has only A.",
