@@ -13,9 +13,11 @@ from cogvlm_hpe.evaluate import metrics
 from cogvlm_hpe.evaluate.metrics import Array, Estimate
 from cogvlm_hpe.evaluate.results import Result
 from cogvlm_hpe.evaluate.systems import System, compare, forgotten, systems_of
+from cogvlm_hpe.paper.plan import CROPS
 
 CLAIMS = {
     "a": "A vision language model that sees the whole image beats a network on crops across data sets",
+    "a, same heads": "It does so too where that network was taught all heads that the base was taught",
     "b": "Plain LoRA tuning is not enough: it forgets to find objects",
     "c": "Task arithmetic blends the two answer formats, more than the layer-based merge does",
     "d": "The layer-based merge keeps more grounding than LoRA, and reads poses better than the other merges",
@@ -23,7 +25,7 @@ CLAIMS = {
     "e": "Rehearsal helps against forgetting",
 }
 _MERGES = ("task-arithmetic", "ties", "dare")
-_MODELS_WITHOUT = ("cnn", "base")
+_MODELS_WITHOUT = (*CROPS, "base")
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ def findings(results: Sequence[Result]) -> dict[str, list[Finding]]:
     both = [("A", own), ("B", other)]
     return {
         "a": _pose([("B", other)], [(best, "cnn")]),
+        "a, same heads": _pose([("B", other)], [(best, "cnn-more-heads")]),
         "b": _grounding(both, [("lora", "base")], claimed=-1),
         "c": _blending(both, [("task-arithmetic", "layerwise")]),
         "d": _grounding(both, [("layerwise", "lora")], claimed=1)

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     stages.keep_settings(args.dir / "paper.json", {"sizes": asdict(sizes), "nproc": args.nproc})
     chain = rows.plan(args.dir, sizes, args.seeds, args.nproc)
     if not args.no_sweeps:
-        chain += sweeps.plan(rows.Place(args.dir, sizes, args.nproc, args.seeds[0]))
+        chain += sweeps.plan(args.dir, sizes, args.nproc)
     code = stages.run_all(chain, args.dir)
     if code == EXIT_STOPPED:
         return code

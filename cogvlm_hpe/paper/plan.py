@@ -16,9 +16,13 @@ SETS = {
     "b-test": ("B", "test"),
     "c-test": ("C", "test"),
     "w-train": ("W", "train"),
+    "a-base": ("A", "base"),
+    "b-base": ("B", "base"),
 }
 TESTS = ("a-test", "b-test", "c-test")
 TASKS = "pose,where,what"
+CROPS = {"cnn": ("a-train",), "cnn-more-heads": ("a-train", "a-base", "b-base")}
+"""Networks on head crops, and what they are trained on: the second on all heads that the base was taught, too."""
 REHEARSAL = {"lora": 0.0, "lora-10": 0.10, "lora-25": 0.25}
 """Share of questions about objects in the weak and in the supervised stage."""
 CONTINUED_REHEARSAL = 0.5
@@ -37,6 +41,8 @@ class Sizes:
 
     train_scenes: int = 2400
     weak_scenes: int = 1200
+    a_base_scenes: int = 15000
+    b_base_scenes: int = 9000
     val_scenes: int = 100
     test_scenes: int = 200
     cnn_steps: int = 1500
@@ -48,11 +54,12 @@ class Sizes:
     def scenes(self, name: str) -> int:
         """Scenes of the set called `name`."""
         by_split = {"train": self.train_scenes, "val": self.val_scenes, "test": self.test_scenes}
-        return self.weak_scenes if name == "w-train" else by_split[SETS[name][1]]
+        by_name = {"w-train": self.weak_scenes, "a-base": self.a_base_scenes, "b-base": self.b_base_scenes}
+        return by_name[name] if name in by_name else by_split[SETS[name][1]]
 
 
-QUICK = Sizes(train_scenes=24, weak_scenes=8, val_scenes=6, test_scenes=6, cnn_steps=4, weak_steps=2, max_steps=2,
-              continued_steps=2)  # fmt: skip
+QUICK = Sizes(train_scenes=24, weak_scenes=8, a_base_scenes=8, b_base_scenes=8, val_scenes=6, test_scenes=6,
+              cnn_steps=4, weak_steps=2, max_steps=2, continued_steps=2)  # fmt: skip
 """Shows that everything runs, teaches nothing."""
 
 
@@ -115,16 +122,20 @@ def _probe(at: Place) -> Stage:
 
 def _seed(at: Place) -> list[Stage]:
     """Everything one seed trains and merges."""
-    cnn, weak = at.own / "cnn", at.own / "w-weak"
-    command = stages.program("cogvlm_hpe", "train-cnn", "--shards", at.set("a-train"), "--out", cnn)
-    labels = stages.program("cogvlm_hpe", "label", at.set("w-train"), "--with", f"cnn:{cnn}")
+    weak = at.own / "w-weak"
+    labels = stages.program("cogvlm_hpe", "label", at.set("w-train"), "--with", f"cnn:{at.own / 'cnn'}")
     return [
-        _named(at, "cnn", cnn, [*command, "--steps", str(at.sizes.cnn_steps), "--seed", str(at.seed)]),
+        *(_crops(at, name, sets) for name, sets in CROPS.items()),
         _named(at, "weak labels", weak / "index.json", [*labels, "--relabel", "--out", str(weak)]),
         *(stage for system, share in REHEARSAL.items() for stage in _tuned(at, system, share)),
         *_merges(at),
         *(_continued(at, system) for system in CONTINUED),
     ]
+
+
+def _crops(at: Place, name: str, sets: Sequence[str]) -> Stage:
+    command = stages.program("cogvlm_hpe", "train-cnn", "--shards", *map(at.set, sets), "--out", at.own / name)
+    return _named(at, name, at.own / name, [*command, "--steps", str(at.sizes.cnn_steps), "--seed", str(at.seed)])
 
 
 def _named(at: Place, name: str, result: Path, work: list[str]) -> Stage:
@@ -206,18 +217,18 @@ def _merge(at: Place, name: str, out: Path, method: str, *more: object) -> Stage
 
 
 def _judged(at: Place, on: str, with_base: bool) -> list[Stage]:
-    """The language model's systems in one pass, and the crop network. A name tells the seed, but for the base's."""
+    """The language model's systems in one pass, and the crop networks. A name tells the seed, but for the base's."""
     out = at.root / "evaluation" / on
     names = [*REHEARSAL, *_CHOSEN, *(f"{system}-continued" for system in CONTINUED)]
     systems: dict[str, Path | None] = {"base": None} if with_base else {}
     systems |= {f"{name}-seed-{at.seed}": at.adapter(name) for name in names}
     models = stages.evaluate(at.base, systems, at.set(on), out, at.nproc, "--tasks", TASKS)
-    cnn = f"cnn-seed-{at.seed}"
-    crops = stages.evaluate(at.own / "cnn", {cnn: None}, at.set(on), out / cnn, at.nproc, "--tasks", "pose")
-    return [
-        replace(models, name=f"{at.own.name}: evaluate on {on}"),
-        replace(crops, name=f"{at.own.name}: evaluate the cnn on {on}"),
-    ]
+    stages_ = [replace(models, name=f"{at.own.name}: evaluate on {on}")]
+    for name in CROPS:
+        named = f"{name}-seed-{at.seed}"
+        judged = stages.evaluate(at.own / name, {named: None}, at.set(on), out / named, at.nproc, "--tasks", "pose")
+        stages_.append(replace(judged, name=f"{at.own.name}: evaluate {name} on {on}"))
+    return stages_
 
 
 def report(out: Path, runs: Sequence[Path], about: str) -> Stage:

@@ -1,10 +1,11 @@
-"""One thing of LoRA's training changed at a time, for one seed: what stands in the way, and what does not."""
+"""One thing of LoRA's training changed at a time, for seed 1: what stands in the way, and what does not."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from cogvlm_hpe import stages
-from cogvlm_hpe.paper.plan import TASKS, Place, report, trained
+from cogvlm_hpe.paper.plan import TASKS, Place, Sizes, report, trained
 from cogvlm_hpe.stages import Stage
 
 TESTS = ("a-test", "b-test")
@@ -34,9 +35,9 @@ VARIATIONS = {
 }
 
 
-def plan(at: Place) -> list[Stage]:
+def plan(root: Path, sizes: Sizes, nproc: int) -> list[Stage]:
     """The stages of all variations, of expectation decoding, and a report of their own."""
-    at = replace(at, folder="sweeps")
+    at = Place(root, sizes, nproc, seed=1, folder="sweeps")
     fewer = max(1, at.sizes.train_scenes // FEWER)
     return [
         stages.shards(at.set("a-fewer"), "A", "train", fewer, at.sizes.data_seed, at.nproc),

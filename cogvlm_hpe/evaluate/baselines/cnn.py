@@ -29,7 +29,7 @@ _EPS = 1e-4
 
 @dataclass(frozen=True)
 class CNNConfig:
-    """What the network is and what it sees. The default has 1.2 million parameters.
+    """What the network is and what it sees. The default has 0.6 million parameters.
 
     Args:
         backbone: transformers' ResNet (basic blocks) or ConvNeXt

@@ -45,6 +45,7 @@ def made(sets: dict[str, Path], tmp_path: Path) -> Made:
 
 def test_every_claim_is_shown_by_results_that_are_as_claimed(made: Made) -> None:
     made("cnn", 40.0)
+    made("cnn-more-heads", 35.0)
     made("base", 80.0)
     made("lora", 12.0, missed=25)
     made("lora-10", 12.0, missed=3)

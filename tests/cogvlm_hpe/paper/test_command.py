@@ -55,7 +55,7 @@ def test_every_row_comes_out_and_what_is_there_is_kept(
     assert cli.main(words) == 0, capsys.readouterr().err + said.read_text()
     capsys.readouterr()
 
-    systems = ["base", *(f"{name}-seed-1" for name in (*TEST_ADAPTERS, "cnn"))]
+    systems = ["base", *(f"{name}-seed-1" for name in (*TEST_ADAPTERS, *plan.CROPS))]
     systems += [f"{name}-continued-seed-1" for name in plan.CONTINUED]
     for on in plan.TESTS:
         assert {path.parent.name for path in (root / "evaluation" / on).glob("*/metrics.json")} == set(systems)

@@ -23,8 +23,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stages(root: Path) -> list[Stage]:
-    first = plan.Place(root, plan.Sizes(), 2, SEEDS[0])
-    return plan.plan(root, plan.Sizes(), SEEDS, nproc=2) + sweeps.plan(first)
+    return plan.plan(root, plan.Sizes(), SEEDS, nproc=2) + sweeps.plan(root, plan.Sizes(), nproc=2)
 
 
 def words_of(stages: list[Stage], of: str) -> list[list[str]]:
@@ -60,7 +59,9 @@ def test_no_training_sees_a_validation_or_test_image(stages: list[Stage], root: 
     seen = {Path(entry["path"]).relative_to(root).as_posix() for mix in mixes for entry in mix}
     weak = {f"seed-{seed}/w-weak" for seed in SEEDS}
     assert seen == {"shards/a-train", "shards/a-fewer", *weak}
-    assert {value(words, "--shards") for words in words_of(stages, "train-cnn")} == {str(root / "shards/a-train")}
+    crops = [words[words.index("--shards") + 1 : words.index("--out")] for words in words_of(stages, "train-cnn")]
+    assert {Path(path).name for paths in crops for path in paths} == {"a-train", "a-base", "b-base"}
+    assert [str(root / "shards/a-train")] in crops
     assert all(abs(sum(entry["ratio"] for entry in mix) - 1) < 1e-9 for mix in mixes)
 
 
