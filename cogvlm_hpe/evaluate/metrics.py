@@ -17,8 +17,12 @@ SIZE_EDGES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 1.0)
 """Edges of the head's height as a share of the image's height."""
 
 RESAMPLES = 2000
+NORMAL_ABOVE = 10_000
+"""Above so many groups the normal interval says the same in a thousandth of the time."""
+_NORMAL_95 = 1.959964
 _SEED = 20240601
 _CANDIDATES = 512
+_TRIED_ON = 20_000
 _WEISZFELD_STEPS = 50
 
 
@@ -79,10 +83,11 @@ def constant_pose(truth: Array) -> Array:
     truth = np.asarray(truth, dtype=float)
     if len(truth) == 0:
         return np.eye(3)
-    spread = truth[np.unique(np.linspace(0, len(truth) - 1, _CANDIDATES).astype(int))]
+    spread = _spread(truth, _CANDIDATES)
     candidates = np.concatenate([np.eye(3)[None], Rotation.from_matrix(truth).mean().as_matrix()[None], spread])
-    costs = np.array([pose.geodesic_deg(candidate, truth).mean() for candidate in candidates])
-    best, cost, scale = candidates[int(costs.argmin())], costs.min(), 1.0
+    some = _spread(truth, _TRIED_ON)
+    best = min(candidates, key=lambda candidate: float(pose.geodesic_deg(candidate, some).mean()))
+    cost, scale = pose.geodesic_deg(best, truth).mean(), 1.0
     for _ in range(_WEISZFELD_STEPS):
         step = best @ Rotation.from_rotvec(scale * _weiszfeld_step(best, truth)).as_matrix()
         step_cost = pose.geodesic_deg(step, truth).mean()
@@ -91,6 +96,11 @@ def constant_pose(truth: Array) -> Array:
         else:
             scale /= 2.0  # too far for this curved and many-valleyed cost
     return best
+
+
+def _spread(rows: Array, n: int) -> Array:
+    """At most `n` of the rows, evenly over them."""
+    return rows[np.unique(np.linspace(0, len(rows) - 1, n).astype(int))]
 
 
 def _weiszfeld_step(centre: Array, truth: Array) -> Array:
@@ -118,9 +128,14 @@ def bootstrap_mean(values: Array, groups: Sequence[str], resamples: int = RESAMP
     """Mean of (n,) values and its 95 % percentile interval, resampling groups (images) rather than values.
 
     Heads of one image share light, camera and often a person: to draw them one by one would give too narrow an
-    interval. The seed is fixed, so equal input gives equal output. Raises ValueError without values.
+    interval. The seed is fixed, so equal input gives equal output. Of more than NORMAL_ABOVE groups it is the normal
+    interval of a ratio of sums (Cochran, Sampling Techniques, §6.4). Raises ValueError without values.
     """
     sums, counts = _per_group(values, groups)
+    if len(sums) > NORMAL_ABOVE:
+        mean = sums.sum() / counts.sum()
+        half = _NORMAL_95 * np.sqrt(np.square(sums - mean * counts).sum()) / counts.sum()
+        return Estimate(float(mean), float(mean - half), float(mean + half), int(counts.sum()))
     means = _resampled(lambda pick: sums[pick].sum(axis=1) / counts[pick].sum(axis=1), len(sums), resamples, seed)
     low, high = np.percentile(means, (2.5, 97.5))
     return Estimate(float(sums.sum() / counts.sum()), float(low), float(high), int(counts.sum()))

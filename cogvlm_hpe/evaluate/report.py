@@ -24,7 +24,8 @@ COLUMNS = {
     "heads": "heads asked about: every labelled head that is at least half visible",
     "geodesic": "the number that matters most: mean angle, in degrees, of the turn that takes the predicted head to "
     "the true one; 0 is perfect, 180 the worst. ± is the standard deviation over seeds, of a system that was trained "
-    "several times; in brackets the 95 % interval from resampling images",
+    "several times; in brackets the 95 % interval from resampling images (too narrow where a few people or recordings "
+    "are in all of them)",
     "median": "half of the heads have a smaller geodesic error than this, in degrees",
     "p90": "nine of ten heads have a smaller one",
     "MAE": "mean absolute error in degrees over yaw, pitch and roll: what papers print; near yaw ±90 pitch and roll "

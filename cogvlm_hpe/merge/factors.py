@@ -5,6 +5,7 @@ Shapes: r rank, n_in and n_out widths of the adapted layer; A is (r, n_in), B is
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from launcher.errors import UserError
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_TENSORS = "adapter_model.safetensors"
 HPE_CONFIG = "hpe.json"
+SCOPE = "scope"
 _PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _UNSUPPORTED = {
@@ -31,6 +33,10 @@ _UNSUPPORTED = {
     "layer_replication": None,
     "alora_invocation_tokens": None,
 }
+
+
+_CHANGES_BASE = re.compile(r"pissa.*|corda.*|olora|loftq|lora_ga")
+"""Values of init_lora_weights with which peft takes the first factors out of the base each time it puts them in."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,12 @@ class Adapter:
     config: dict[str, Any]
     hpe: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def scope(self) -> str:
+        """Which tokens it works on: `all`, as plain peft has it, or `text`."""
+        scope: str = self.hpe.get(SCOPE, "all")
+        return scope
+
 
 def read_adapter(path: Path) -> Adapter:
     """Read a peft LoRA folder. Raises UserError where it is no plain LoRA adapter or holds non-finite numbers."""
@@ -98,6 +110,12 @@ def _check_plain_lora(path: Path, config: Mapping[str, Any]) -> None:
             raise UserError(
                 f"{path}: {key} = {config[key]!r}: only plain LoRA can be merged as factors; train without it"
             )
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and _CHANGES_BASE.fullmatch(start.lower()):
+        raise UserError(
+            f"{path}: init_lora_weights = {start!r}: it changes the base, so that the factors are not all there is to "
+            "merge; convert it to plain LoRA (path_initial_model_for_weight_conversion of peft's save_pretrained)"
+        )
 
 
 def _pair(path: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> Factors:
@@ -183,6 +201,7 @@ def _layers_config(factors: Factors, rslora: bool) -> dict[str, Any]:
         "rank_pattern": {f"^{name}": value for name, value in sorted(ranks.items()) if value != rank},
         "alpha_pattern": {f"^{name}": value for name, value in sorted(alphas.items()) if value != alpha},
         "use_rslora": rslora,
+        "init_lora_weights": True,
         "target_modules": sorted(factors),
         "exclude_modules": None,
         "layers_to_transform": None,

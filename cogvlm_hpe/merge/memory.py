@@ -14,6 +14,7 @@ from cogvlm_hpe.merge.settings import ELEMENTWISE, Settings
 _STATUS = Path("/proc/self/status")  # of Linux; elsewhere nothing is measured
 _BLOCKS_BYTES = 2**21  # of a thread at work: a block of the base, of the change, of both, and rounded
 _ENDS_BYTES = 2**17  # of each tensor: the pages under what its fingerprint is made of, as the kernel maps them
+_RUNNING_BYTES = 600 * 2**20  # of a model at work: the libraries that it is loaded with, activations
 _ALLOCATOR_BYTES = 16 * 2**20  # what the allocator and libraries keep for themselves
 
 
@@ -34,7 +35,9 @@ def bound_bytes(settings: Settings, base: Base, adapters: Sequence[Adapter]) -> 
         held += 4 * (3 * layer_elements + sum(settings.rank * sum(shape) for shape in shapes.values()))
     if settings.output != "adapter":
         copies = 1 if settings.output == "hf" or settings.mp == 1 else 3  # put together, and split again
-        return held + copies * max(_nbytes(base, name) for name in base.weights.names())
+        held += copies * max(_nbytes(base, name) for name in base.weights.names())
+        measures = adapters[0].scope != "all"  # what whole weights make of its answers, with the model itself
+        return held + measures * (_RUNNING_BYTES + sum(_nbytes(base, name) for name in base.weights.names()))
     if settings.method == "layerwise" and len(adapters) == 1:
         itemsize = max(base.weights.dtype(f"{layer}.weight").itemsize for layer in shapes)
         held += itemsize * (layer_elements + (2 * threads + 1) * min(layer_elements, READ_ELEMENTS))

@@ -7,15 +7,13 @@ from typing import Any
 
 from cogvlm_hpe.merge import dense, lowrank, methods, report, scope
 from cogvlm_hpe.merge.base import Base
-from cogvlm_hpe.merge.factors import Adapter, Factors, read_adapter, write_adapter, write_notes
+from cogvlm_hpe.merge.factors import SCOPE, Adapter, Factors, read_adapter, write_adapter, write_notes
 from cogvlm_hpe.merge.memory import Watch, bound_bytes
 from cogvlm_hpe.merge.methods import LowRank, Merged
 from cogvlm_hpe.merge.settings import ELEMENTWISE, Settings
 from launcher.comm import Comm
 from launcher.errors import UserError
 from launcher.files import atomic_folder, write_json_atomic
-
-_SCOPE = "scope"
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ def prepare(settings: Settings, comm: Comm) -> Job:
 
 
 def _check_scope(settings: Settings, adapter: Adapter) -> None:
-    scope_of = _scope_of(adapter)
+    scope_of = adapter.scope
     if settings.output == "adapter" or scope_of == "all":
         return
     if not settings.every_token:
@@ -64,11 +62,6 @@ def _check_scope(settings: Settings, adapter: Adapter) -> None:
             f"{adapter.path}: scope {scope_of}: what weights make of the answers is measured on an adapter, and "
             f"--method {settings.method} has none; merge with --rank N first, then write that one's weights"
         )
-
-
-def _scope_of(adapter: Adapter) -> str:
-    scope_of: str = adapter.hpe.get(_SCOPE, "all")
-    return scope_of
 
 
 def write(job: Job, comm: Comm) -> list[tuple[str, Merged, dict[str, float]]]:
@@ -127,14 +120,14 @@ def _fill(
 
 def _write_dense(job: Job, merged: Merged, comm: Comm) -> tuple[str, Merged, dict[str, float]]:
     record = merged.record | {"output": job.settings.output}
-    if _scope_of(job.adapters[0]) != "all" and comm.rank == 0:
+    if job.adapters[0].scope != "all" and comm.rank == 0:
         record |= {
             "text_only_lost": scope.difference(job.base.path, job.adapters[0], methods.factors_of(merged.changes))
         }
 
     def explain(folder: Path, losses: dict[str, float]) -> None:
-        hpe = {key: value for key, value in job.adapters[0].hpe.items() if key not in (_SCOPE, "base_fingerprint")}
-        write_notes(folder, hpe | {_SCOPE: "all"}, record)
+        hpe = {key: value for key, value in job.adapters[0].hpe.items() if key not in (SCOPE, "base_fingerprint")}
+        write_notes(folder, hpe | {SCOPE: "all"}, record)
         _explain(folder, job, record, merged, job.settings.out.resolve().name, report.Losses("rounding", losses))
 
     return "", merged, dense.write(job.settings, merged, job.base.weights, comm, explain)

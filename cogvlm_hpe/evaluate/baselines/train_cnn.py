@@ -174,6 +174,8 @@ def _engine(model: "PoseCNN", args: argparse.Namespace, comm: "Comm") -> Any:
     import deepspeed
     import torch
 
+    if comm.size > 1 and torch.cuda.is_available():  # there is none for CPUs
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
     settings = {
         "train_micro_batch_size_per_gpu": args.batch // comm.size,

@@ -141,6 +141,18 @@ def test_bootstrap_matches_the_normal_interval_of_a_large_sample() -> None:
     assert got.high == pytest.approx(values.mean() + half, abs=0.05)
 
 
+def test_the_normal_interval_of_many_groups_is_that_of_resampling(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(3)
+    images = generator.integers(0, 2000, size=6000)  # some with one head, some with seven
+    values = 20 + generator.gamma(2.0, 5.0, size=2000)[images] + generator.normal(size=6000)
+    resampled = metrics.bootstrap_mean(values, images.astype(str).tolist())
+    monkeypatch.setattr(metrics, "NORMAL_ABOVE", 1000)
+    normal = metrics.bootstrap_mean(values, images.astype(str).tolist())
+    width = resampled.high - resampled.low
+    assert normal.mean == pytest.approx(resampled.mean) and normal.n == resampled.n
+    assert abs(normal.low - resampled.low) < 0.05 * width and abs(normal.high - resampled.high) < 0.05 * width
+
+
 def test_heads_of_one_image_are_resampled_together() -> None:
     values = np.repeat(np.random.default_rng(1).normal(size=50), 20)
     images = np.repeat(np.arange(50), 20).astype(str).tolist()

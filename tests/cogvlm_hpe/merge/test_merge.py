@@ -213,6 +213,7 @@ def test_another_base_is_refused_by_fingerprint(tmp_path: Path, base: Base) -> N
     ("spoil", "message"),
     [
         ({"use_dora": True}, "use_dora = True: only plain LoRA"),
+        ({"init_lora_weights": "pissa_niter_4"}, "it changes the base"),
         ({"peft_type": "LOHA"}, "only LORA adapters"),
         ({"r": 5}, "says rank 5, the file holds 4"),
         ({"lora_alpha": None}, "has no number lora_alpha"),
