@@ -2,7 +2,9 @@
 
 import argparse
 import math
+import os
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,7 +27,7 @@ _EPILOG = """Any key of the config may follow, and --resume, as for train. On al
 exit code 0: all is well, 1: a line has a ✗, 2: the config cannot be meant"""
 _MEET_S = 300.0
 _TEXT_TOKENS = 76  # of a question and its answer
-_SAME_EVERYWHERE = frozenset({"shards", "base", "tokenizer", "interface"})
+_SAME_EVERYWHERE = frozenset({"shards", "base", "tokenizer"})  # not the interface: nodes name theirs differently
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def check_all(
 ) -> None:
     """All ranks. Fill the table."""
     comm = table.comm
-    table.add(merge(comm.gather(check_host(config, flags, world)), _SAME_EVERYWHERE))
+    table.add(merge(comm.gather(check_host(config, flags, world, gpus_here(comm))), _SAME_EVERYWHERE))
     needs = None
     if not table.wrong:
         free_gb = free_memory_gb(comm) if gpu_memory_gb is None else gpu_memory_gb
@@ -103,37 +105,53 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_host(config: "RunConfig", flags: "Flags", world: "World") -> list[Line]:
-    """What the first rank of each host can see alone; nothing on the others."""
+def gpus_here(comm: "Comm") -> list[str]:
+    """All ranks. The GPU that each rank of this host works on, by UUID; empty where there are none.
+
+    Counting them would not do: a task that Slurm binds to a GPU sees only that one.
+    """
+    import torch
+
+    own = None
+    if torch.cuda.is_available():
+        own = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+    host = socket.gethostname()
+    return [gpu for where, gpu in comm.broadcast(comm.gather((host, own))) or [] if where == host and gpu]
+
+
+def check_host(config: "RunConfig", flags: "Flags", world: "World", gpus: list[str]) -> list[Line]:
+    """What the first rank of each host can see, whose ranks work on `gpus`; nothing on the others."""
     if world.local_rank:
         return []
     from launcher.machine import interface
 
     checks: dict[str, Callable[[], str]] = {
-        "ranks": lambda: check_ranks(config, world),
+        "ranks": lambda: check_ranks(config, world, gpus),
         "shards": lambda: check_shards(config),
         "base": lambda: check_base(config),
         "tokenizer": lambda: check_tokenizer(config),
         "interface": interface,
     }
-    if config.adapter and (config.adapter.init or config.adapter.stack):
+    if config.adapter and (config.adapter.stack or config.adapter.init and not _goes_on(config, flags)):
         checks["adapter"] = lambda: check_init(config)
     if world.rank == 0:
         checks["run_dir"] = lambda: check_run_dir(config, flags)
     return [attempt(name, work) for name, work in checks.items()]
 
 
-def check_ranks(config: "RunConfig", world: "World") -> str:
-    """Whether batch, ranks and GPUs go together."""
+def check_ranks(config: "RunConfig", world: "World", gpus: list[str]) -> str:
+    """Whether batch, ranks and GPUs go together; `gpus` are those of this host's ranks."""
     import torch
 
     from cogvlm_hpe.config import check_world
 
     accumulation = check_world(config, world.size)
-    gpus = torch.cuda.device_count()
-    if gpus and world.local_size > gpus:
-        raise UserError(f"{world.local_size} ranks on a host of {gpus} GPUs; start one a GPU (--nproc, or sbatch's)")
-    devices = f"{gpus} GPUs, {torch.cuda.get_device_name()}" if gpus else "no GPU, gloo on the CPU"
+    if len({*gpus}) < len(gpus):
+        raise UserError(
+            f"{len(gpus)} ranks on a host share {len({*gpus})} GPUs; start one a GPU (--nproc, or sbatch's "
+            "--ntasks-per-node)"
+        )
+    devices = f"a GPU each, {torch.cuda.get_device_name()}" if gpus else "no GPU, gloo on the CPU"
     return f"{world.size}, {world.local_size} a host ({devices}); {accumulation} micro-batches a step each"
 
 
@@ -189,6 +207,12 @@ def check_tokenizer(config: "RunConfig") -> str:
     return f"{find_tokenizer(folder)}: {tokenizer.get_vocab_size()} tokens for {rows} rows"
 
 
+def _goes_on(config: "RunConfig", flags: "Flags") -> bool:
+    from cogvlm_hpe.train.checkpoint import newest
+
+    return flags.resume and newest(Path(config.run_dir)) is not None
+
+
 def check_init(config: "RunConfig") -> str:
     """Whether the adapter that the run takes over is there, and was made on this base."""
     from cogvlm_hpe.model.fingerprint import fingerprint
@@ -209,6 +233,9 @@ def check_run_dir(config: "RunConfig", flags: "Flags") -> str:
     found = find_resume(run_dir, single(), flags.resume)
     if found is not None and not flags.allow_change:
         refuse_changes(run_dir, config)
+    there = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise UserError(f"{there}: not a folder, so {run_dir} cannot be made; choose another run_dir")
     folder = existing_parent(run_dir)
     try:
         tempfile.TemporaryFile(dir=folder).close()

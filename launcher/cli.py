@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from launcher import command, world
 from launcher.command import Command
-from launcher.errors import UsageError, run_main
+from launcher.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USAGE, UsageError, UserError, run_main
 
 if TYPE_CHECKING:
     from launcher.supervise import Supervisor
@@ -83,7 +83,7 @@ def _main(argv: list[str]) -> int:
         if arguments.command in _ON_TRAINING_RANKS and "--print_config" not in rest:
             code = _check(arguments, rest)
             if code:
-                return code
+                return _code_of_check(code, stopped=arguments.command == "train" and supervisor.asked)
             if arguments.command == "train":
                 return _train(arguments, rest, place, started, supervisor)
         return supervisor.run(started)
@@ -114,6 +114,13 @@ def _check(arguments: argparse.Namespace, rest: list[str]) -> int:
     run_dir = ["--run_dir", arguments.run_dir] if arguments.run_dir else []
     words = ["train", "--config", arguments.config, *run_dir, *rest, "--check"]
     return subprocess.run([sys.executable, "-m", "cogvlm_hpe", *words]).returncode
+
+
+def _code_of_check(code: int, stopped: bool) -> int:
+    """Ours, where the check ended with `code`: a request to stop may have ended it, but a mistake stays one."""
+    if stopped and code != EXIT_USAGE:
+        return EXIT_STOPPED
+    return code if code > 0 else EXIT_FAILURE
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -200,7 +207,7 @@ def build(arguments: argparse.Namespace, rest: list[str], place: Place) -> Comma
     module, words = _program(arguments, rest)
     ranks = arguments.nproc or place.ranks(place.cpus if arguments.command == "shards" else 1)
     env = {} if arguments.hostfile else command.accelerator_env()
-    if place.slurm:
+    if place.slurm and not _beyond_srun(arguments, place.slurm):
         return _with_srun(arguments, module, words, ranks, env, place)
     nodes = _nodes(arguments.hostfile, ranks, arguments.nproc is not None)
     threads = arguments.threads or command.threads_per_rank(place.cpus, max(1, ranks // nodes))
@@ -214,6 +221,7 @@ def build(arguments: argparse.Namespace, rest: list[str], place: Place) -> Comma
             env=env,
             hostfile=arguments.hostfile,
             nodes=nodes,
+            gpus=command.visible_gpus(),
             program=command.find_program("deepspeed", "pip install deepspeed"),
         )
     mpirun = command.find_mpirun()
@@ -240,6 +248,23 @@ def _program(arguments: argparse.Namespace, rest: list[str]) -> tuple[str, list[
     if arguments.command == "preflight":
         words += ["--deep"] * arguments.deep + (["--gpu-memory", arguments.gpu_memory] if arguments.gpu_memory else [])
     return "cogvlm_hpe", words
+
+
+def _beyond_srun(arguments: argparse.Namespace, slurm: Mapping[str, str]) -> bool:
+    """Whether --nproc asks for more CPUs than the job has: srun refuses that, DeepSpeed's launcher shares them.
+
+    Raises UserError where the ranks cannot start without srun either: only on the one node of a job.
+    """
+    ranks, cpus = arguments.nproc or 0, sum(world.per_node(slurm.get("SLURM_JOB_CPUS_PER_NODE", "")))
+    each = int(slurm.get("SLURM_CPUS_PER_TASK", "1"))
+    if not cpus or ranks <= int(slurm.get("SLURM_NTASKS", "1")) or ranks * each <= cpus:
+        return False
+    said = f"--nproc {ranks}, {each} CPUs each, in a job of {cpus} CPUs"
+    on_its_node = slurm.get("SLURM_JOB_NUM_NODES", "1") == "1" and "SLURMD_NODENAME" in os.environ
+    if not on_its_node or arguments.command not in _ON_TRAINING_RANKS:
+        raise UserError(f"{said}: srun has no room for them; submit it with --ntasks={ranks}, or lower --nproc")
+    print(f"{PROGRAM}: {said}: started by DeepSpeed's launcher, not by srun", file=sys.stderr)
+    return True
 
 
 def _with_srun(
@@ -291,7 +316,10 @@ def _nodes(hostfile: Path | None, ranks: int, given: bool) -> int:
         raise UsageError(f"--hostfile {hostfile}: no such file; write one `host slots=N` a line")
     if not given:
         raise UsageError("--hostfile without --nproc: say how many ranks all machines together run")
-    return min(ranks, len(command.hosts(hostfile.read_text())))
+    machines = command.hosts(hostfile.read_text())
+    if not machines:
+        raise UsageError(f"--hostfile {hostfile}: names no machine; write one `host slots=N` a line")
+    return min(ranks, len(machines))
 
 
 def _status(arguments: argparse.Namespace, rest: list[str]) -> int:
@@ -309,6 +337,8 @@ def _tensorboard(arguments: argparse.Namespace, rest: list[str]) -> int:
     missing = [run for run in arguments.runs if not Path(run).is_dir()]
     if missing:
         raise UsageError(f"{missing[0]}: no such run folder; name one that holds tensorboard/ or runs that do")
+    if not 1 <= arguments.port <= world.LAST_PORT:
+        raise UsageError(f"--port {arguments.port}: a port is a number from 1 to {world.LAST_PORT}")
     port = world.free_port(arguments.port)
     spec = ",".join(f"{Path(run).resolve().name}:{run}" for run in arguments.runs)
     where = ["--logdir", arguments.runs[0]] if len(arguments.runs) == 1 else ["--logdir_spec", spec]

@@ -132,15 +132,12 @@ def from_torch(world: World, timeout_s: float = 1800.0) -> Comm:
     Also sets RANK, WORLD_SIZE, MASTER_ADDR, … so that DeepSpeed finds them and does not ask MPI. A collective that
     some rank does not join fails after `timeout_s`. Does nothing if the process group is there already.
     """
-    import torch
     from torch import distributed
 
     os.environ.update(export(world))
+    cuda = _take_gpu(world)
     if not distributed.is_initialized():
         check_reachable(world)
-        cuda = torch.cuda.is_available()
-        if cuda:
-            torch.cuda.set_device(world.local_rank % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         timeout = timedelta(seconds=timeout_s)
         try:
@@ -153,6 +150,18 @@ def from_torch(world: World, timeout_s: float = 1800.0) -> Comm:
         atexit.register(_destroy_group)  # without it gloo's threads may abort a process that has done its work
         _fail_together(world.rank, os._exit)
     return _Torch(world.rank, world.size)
+
+
+def _take_gpu(world: World) -> bool:
+    """Whether there are GPUs; this rank then works on its own one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return False
+    gpu = world.local_rank % torch.cuda.device_count()  # a task that Slurm binds to a GPU sees only that one
+    torch.cuda.set_device(gpu)
+    os.environ["LOCAL_RANK"] = str(gpu)  # DeepSpeed takes it for the number of the GPU
+    return True
 
 
 class _Mpi(Comm):
@@ -283,7 +292,8 @@ def _fail_together(rank: int, end: Callable[[int], object]) -> None:
 
     def leave(message: str, exit_code: int) -> None:
         if rank:  # rank 0 goes first and is the only one to speak where all fail alike: the launcher ends the others
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            # srun ends with the largest exit code, and 143 of a rank that SIGTERM has killed would be it.
+            signal.signal(signal.SIGTERM, lambda *_: os._exit(exit_code))
             time.sleep(2.0)
         print(message, file=sys.stderr)
         finish(exit_code)

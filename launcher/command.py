@@ -12,6 +12,7 @@ from pathlib import Path
 
 from launcher.errors import UserError
 
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
@@ -51,17 +52,22 @@ def deepspeed(
     env: dict[str, str],
     hostfile: Path | None = None,
     nodes: int = 1,
+    gpus: Sequence[str] | None = None,
     program: str = "deepspeed",
     python: str = sys.executable,
 ) -> Command:
     """`ranks` ranks through DeepSpeed's launcher: on this machine, or on the first `nodes` machines of `hostfile`.
 
-    Raises UserError if the ranks cannot be spread evenly.
+    `gpus`: those of this machine that CUDA_VISIBLE_DEVICES names, where it does. Raises UserError if the ranks cannot
+    be spread evenly, or there are fewer such GPUs.
     """
     env = threads_env(threads) | env
     per_node = _even(ranks, nodes)
     if hostfile is None:
-        here = [program, "--quiet", "--num_gpus", str(ranks), "--master_port", str(port)]
+        which = ["--num_gpus", str(ranks)]
+        if gpus is not None:  # DeepSpeed heeds the variable only where no option says anything of GPUs
+            env, which = env | {_VISIBLE: _first_gpus(gpus, ranks)}, []
+        here = [program, "--quiet", *which, "--master_port", str(port)]
         return Command([*here, "--module", module, *arguments], env, ignores_usr1=True)
     there = [program, "--quiet", "--hostfile", str(hostfile), "--num_nodes", str(nodes), "--num_gpus", str(per_node)]
     # DeepSpeed takes only a few variables to the other machines, so `env` sets ours there, before each rank.
@@ -158,13 +164,36 @@ def mpi_flavour(mpirun_path: str) -> str:
 
 
 def gpu_count() -> int:
-    """NVIDIA GPUs of this machine, without the seconds that importing torch takes."""
-    return len(glob.glob("/dev/nvidia[0-9]*"))
+    """NVIDIA GPUs of this machine that may be used, without the seconds that importing torch takes."""
+    named = visible_gpus()
+    return len(_gpu_files()) if named is None else len(named)
+
+
+def visible_gpus() -> list[str] | None:
+    """The GPUs that CUDA_VISIBLE_DEVICES names; None where it names none, and where this machine has none."""
+    named = [word.strip() for word in os.environ.get(_VISIBLE, "").split(",") if word.strip()]
+    return named if named and _gpu_files() else None
 
 
 def accelerator_env() -> dict[str, str]:
     """Where there is no GPU, DeepSpeed is told so instead of searching for one."""
     return {} if gpu_count() or "DS_ACCELERATOR" in os.environ else {"DS_ACCELERATOR": "cpu"}
+
+
+def _gpu_files() -> list[str]:
+    return glob.glob("/dev/nvidia[0-9]*")
+
+
+def _first_gpus(gpus: Sequence[str], ranks: int) -> str:
+    said = f"{_VISIBLE}={','.join(gpus)}"
+    if not all(gpu.isdecimal() for gpu in gpus):
+        raise UserError(
+            f"{said}: DeepSpeed's launcher takes numbers only; name the GPUs by the numbers that nvidia-smi shows, or "
+            "start one rank by cogvlm-hpe itself"
+        )
+    if ranks > len(gpus):
+        raise UserError(f"{said}: too few for {ranks} ranks, one a GPU; lower --nproc, or name more GPUs there")
+    return ",".join(gpus[:ranks])
 
 
 def _even(ranks: int, nodes: int) -> int:

@@ -14,6 +14,7 @@ from launcher.progress import clock
 _LOSSES = 5
 _LINES = 50  # of the log, from which the speed is taken
 _STEP_LINE = re.compile(r"([\d-]{10} [\d:]{8}),\d+ train: step (\d+)  ")
+_CHECKPOINT = re.compile(r"step-\d+")  # step-00004000.keep is somebody's copy
 _START = " ranks × "  # in the first line that a start writes
 
 
@@ -157,7 +158,7 @@ def _starts(path: Path) -> list[str]:
 
 def _newest(run: Path) -> Path | None:
     whole = [path.parent for path in sorted(run.glob("checkpoints/step-*/manifest.json"))]
-    return whole[-1] if whole else None
+    return next((folder for folder in reversed(whole) if _CHECKPOINT.fullmatch(folder.name)), None)
 
 
 def _step_of(checkpoint: Path | None) -> int:

@@ -149,9 +149,9 @@ def why_not_again(restarts: int, in_vain: int, stepped: bool, saved: int, bound:
 
 
 def describe(code: int) -> str:
-    """An exit code in words: -9, 137 and 247 are all a process killed by signal 9."""
+    """An exit code in words: -9, 137 and 247 are all a process killed by signal 9, but 255 is what many end with."""
     for number in (-code, code - 128, 256 - code):
-        if 0 < number <= 31:
+        if 0 < number <= 31 and code != 255:
             return f"exit code {code} (killed by {signal.Signals(number).name})"
     return f"exit code {code}"
 

@@ -10,6 +10,7 @@ from launcher.errors import UserError
 
 _DEFAULT_PORT = 29500
 _LOCALHOST = "127.0.0.1"
+LAST_PORT = 65535
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ def export(world: World) -> dict[str, str]:
 
 def free_port(first: int = 0) -> int:
     """A TCP port free on this machine now: the first one from `first` on, or any for 0. Raises UserError."""
-    for port in range(first, first + 100) if first else [0]:
+    last = min(first + 99, LAST_PORT)
+    for port in range(first, last + 1) if first else [0]:
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -73,7 +75,7 @@ def free_port(first: int = 0) -> int:
             except OSError:
                 continue
             return int(probe.getsockname()[1])
-    raise UserError(f"ports {first}-{first + 99}: all are taken; set MASTER_PORT to a free one")
+    raise UserError(f"ports {first}-{last}: all are taken; set MASTER_PORT to a free one")
 
 
 def slurm_port(job_id: int) -> int:
@@ -127,14 +129,14 @@ def _from_slurm(env: Mapping[str, str]) -> World | None:
     size = _number(env, "SLURM_STEP_NUM_TASKS", _number(env, "SLURM_NTASKS", 1))
     head = first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or _LOCALHOST)
     master = _master(env, head, slurm_port(_number(env, "SLURM_JOB_ID", 0)))
-    counts = _tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE", str(size)))
+    counts = per_node(env.get("SLURM_STEP_TASKS_PER_NODE", str(size)))
     node = _number(env, "SLURM_NODEID", 0)
     local_size = counts[node] if node < len(counts) else size
     return World(_number(env, "SLURM_PROCID"), _number(env, "SLURM_LOCALID", 0), size, local_size, *master, "slurm")
 
 
-def _tasks_per_node(text: str) -> list[int]:
-    """`2(x3),1` means 2, 2, 2, 1."""
+def per_node(text: str) -> list[int]:
+    """How many of something each node has, as Slurm writes it: `2(x3),1` means 2, 2, 2, 1."""
     counts: list[int] = []
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
         counts += [int(count)] * int(times or 1)

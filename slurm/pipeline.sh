@@ -28,14 +28,18 @@ shift 4
 [ -f "$shards/index.json" ] || fail "$shards: no finished shard set; build it with slurm/shards.sh"
 case $merge_words in *--output*) fail "MERGE_WORDS '$merge_words': the stages after it take an adapter; leave --output out" ;; esac
 [ ! -e "$out" ] || fail "$out is there already: name another folder, or remove it"
-for file in ${weak:+"$weak"} "$config" ${continued:+"$continued"}; do
-    "${launch%hpe-launch}cogvlm-hpe" train --config "$file" --model.base "$base" "$@" --check || fail "$file: see above; nothing was submitted"
-done
+check() { # CONFIG WORDS…
+    "${launch%hpe-launch}cogvlm-hpe" train --config "$@" --check || fail "$1: see above; nothing was submitted"
+}
+# With an --adapter.init wherever the stage will get one: the check does not look whether it is there.
+[ -z "$weak" ] || check "$weak" --model.base "$base" "$@"
+check "$config" --model.base "$base" ${weak:+--adapter.init "$out/weak/last"} "$@"
+[ -z "$continued" ] || check "$continued" --model.base "$base" --adapter.init "$out/merged" "$@"
 case $out in *[[:space:]]*) fail "$out: name a folder without spaces" ;; esac
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 
-jobs= from= last= systems="--with-base --name base" results=$out/evaluation/base
+jobs= stages= from= last= systems="--with-base --name base" results=$out/evaluation/base
 # NAME OPTIONS PREDECESSORS SCRIPT WORDS…: the job's number is left in $id. Who waits for a failed one is cancelled.
 submit() {
     local name=$1 options=$2 after=$3
@@ -45,6 +49,7 @@ submit() {
         --output="$out/%x-%j.log" $options "$@") || { [ -z "$jobs" ] || scancel $jobs; fail "$name: sbatch refused it; the stages before it are cancelled"; }
     id=${id%%;*}
     jobs="$jobs $id"
+    stages="$stages $name:$id:$out/hpe-$name-$id.log"
     case $after in afterok:*) after="after ${after#afterok:}" ;; afternotok:*) after="only if one of them fails" ;; esac
     printf '%-20s job %-8s %s\n' "$name" "$id" "$after"
 }
@@ -73,9 +78,9 @@ submit evaluate "${EVALUATE_SBATCH:-}" "afterok:$last" "$here/evaluate.sh" \
     --model "$base" $systems --shards "$shards" ${EVALUATE_WORDS:-} --out "$out/evaluation"
 # shellcheck disable=SC2086
 submit report "${REPORT_SBATCH:-}" "afterok:$id" "$here/report.sh" $results --out "$out"
-stages=${jobs# }
-# Slurm ends this one without a start where every stage succeeds.
-submit failed "${REPORT_SBATCH:-}" "afternotok:${stages// /?afternotok:}" --output="$out/FAILED.txt" "$here/failed.sh" $stages
+ids=${jobs# }
+# shellcheck disable=SC2086 # Slurm ends this one without a start where every stage succeeds.
+submit failed "${REPORT_SBATCH:-}" "afternotok:${ids// /?afternotok:}" --output="$out/FAILED.txt" "$here/failed.sh" $stages
 cat <<END
 follow:  squeue --me                      a failed stage cancels those after it, and $out/FAILED.txt says so
          tail -f $out/hpe-*.log

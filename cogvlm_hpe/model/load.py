@@ -23,7 +23,7 @@ from cogvlm_hpe.model.folders import (
     tokenizer_folder,
 )
 from cogvlm_hpe.model.modeling import CogVLMForCausalLM
-from cogvlm_hpe.model.tokenizer import load_tokenizer
+from cogvlm_hpe.model.tokenizer import find_tokenizer, load_tokenizer
 from cogvlm_hpe.model.weights import Weights, open_weights
 from launcher.errors import UserError
 
@@ -136,7 +136,7 @@ def load_several(
 ) -> list[Loaded]:
     """One model for each adapter, or without (None), all on the memory of one base; in evaluation mode.
 
-    Raises UserError as `load`.
+    A base that has no tokenizer speaks with that of the first adapter that names one. Raises UserError as `load`.
     """
     folder = resolve_base(name)
     base = load_base(folder, dtype, device)
@@ -147,11 +147,18 @@ def load_several(
         notes = read_notes(adapter or folder)
         if adapter is None:
             model.adapter_scope = "text"  # no adapter works on the image, so its prefix is anybody's
+            own = _tokenizer_of_base(folder, adapters)
         else:
             put_adapter(model, Path(adapter), folder, notes)
-        where = Path(tokenizer or tokenizer_folder(folder, notes))
+            own = tokenizer_folder(folder, notes)
+        where = Path(tokenizer or own)
         loaded.append(Loaded(model.to(device).eval(), load_tokenizer(where, model.config.vocab_size), notes))
     return loaded
+
+
+def _tokenizer_of_base(base: Path, adapters: Sequence[str | Path | None]) -> Path:
+    folders = [tokenizer_folder(base, read_notes(adapter or base)) for adapter in (None, *adapters)]
+    return next((folder for folder in folders if find_tokenizer(folder)), base)
 
 
 def put_adapter(

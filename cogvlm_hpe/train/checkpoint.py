@@ -11,6 +11,7 @@ step-00000100/
 
 import json
 import os
+import re
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -243,11 +244,16 @@ def newest(run_dir: Path) -> Path | None:
 
 def torn(run_dir: Path) -> list[Path]:
     """What has a checkpoint's name and no manifest: this program leaves none such, a copy that broke off does."""
-    return sorted({*(run_dir / FOLDER).glob("step-*")} - {*_complete(run_dir)})
+    return [p for p in _named(run_dir) if not (p / _MANIFEST).is_file()]
 
 
 def _complete(run_dir: Path) -> list[Path]:
-    return [p for p in sorted((run_dir / FOLDER).glob("step-*")) if (p / _MANIFEST).is_file()]
+    return [p for p in _named(run_dir) if (p / _MANIFEST).is_file()]
+
+
+def _named(run_dir: Path) -> list[Path]:
+    """What has a checkpoint's name, oldest first; step-00004000.keep is somebody's copy, which nothing here touches."""
+    return [p for p in sorted((run_dir / FOLDER).glob("step-*")) if re.fullmatch(r"step-\d+", p.name)]
 
 
 def read(folder: Path, before: Factors | None = None) -> Saved:

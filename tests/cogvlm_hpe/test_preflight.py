@@ -13,7 +13,7 @@ from tiny_source import TinySource
 from cogvlm_hpe import preflight
 from cogvlm_hpe.config import RunConfig
 from cogvlm_hpe.train.command import Flags, parse
-from launcher.checks import Table, attempt
+from launcher.checks import Line, Table, attempt, merge
 from launcher.comm import single
 from launcher.errors import UsageError, UserError
 from launcher.world import World, discover, free_port
@@ -82,6 +82,28 @@ def test_a_run_that_is_there_already_wants_resume(place: Path, tmp_path: Path) -
         preflight.check_run_dir(config, NEW)
     resumed = Flags(resume=True, allow_change=False, check=False, print_trainable=False)
     assert "goes on from step-00000008" in preflight.check_run_dir(config, resumed)
+
+
+@pytest.mark.parametrize("below", ["file", "file/run", "link"])
+def test_a_run_dir_that_no_folder_can_be_is_refused(place: Path, tmp_path: Path, below: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match=r"not a folder, so .* cannot be made; choose another run_dir"):
+        preflight.check_run_dir(config_of(place, "--run_dir", str(tmp_path / below)), NEW)
+
+
+def test_gpus_are_told_apart_by_their_names(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "H100")
+    two = World(0, 0, 2, 2, "", 1, "slurm")
+    assert "2 a host (a GPU each, H100)" in preflight.check_ranks(config_of(place), two, ["a", "b"])
+    with pytest.raises(UserError, match=r"2 ranks on a host share 1 GPUs; start one a GPU"):
+        preflight.check_ranks(config_of(place), two, ["a", "a"])
+
+
+def test_nodes_may_name_their_interfaces_differently() -> None:
+    both = [[Line("interface", True, name, host)] for name, host in (("ib0", "n1"), ("ib1", "n2"))]
+    (line,) = merge(both, preflight._SAME_EVERYWHERE)
+    assert line.ok and line.said == "ib0"
 
 
 def test_disk_and_memory_are_compared_with_what_is_free(tmp_path: Path) -> None:

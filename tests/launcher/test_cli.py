@@ -69,6 +69,47 @@ def test_inside_slurm_everything_goes_through_srun(tmp_path: Path) -> None:
     assert inside.returncode == 2 and "without srun" in inside.stderr
 
 
+def test_more_ranks_than_a_job_has_cpus_start_without_srun_or_not_at_all(tmp_path: Path) -> None:
+    (tmp_path / "srun").write_text("#!/bin/sh\n")
+    (tmp_path / "srun").chmod(0o755)
+    job = {
+        "SLURM_JOB_ID": "77",
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_NTASKS": "1",
+        "SLURM_CPUS_PER_TASK": "8",
+        "SLURM_JOB_CPUS_PER_NODE": "8",
+        "SLURM_JOB_NODELIST": "localhost",
+        "SLURMD_NODENAME": "localhost",
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+    }
+    train, evaluate = ["train", "x.yaml", "--nproc", "2", "--dry-run"], ["evaluate", "--nproc", "2", "--dry-run"]
+    here = launch(*train, **job)
+    assert "/deepspeed --quiet --num_gpus 2 " in here.stdout and "in a job of 8 CPUs: started by" in here.stderr
+    for words, more in ((evaluate, {}), (train, {"SLURM_JOB_NUM_NODES": "2"}), (train, {"SLURMD_NODENAME": None})):
+        place = {name: value for name, value in (job | more).items() if value}
+        refused = launch(*words, **place)
+        assert refused.returncode == 1 and "--nproc 2, 8 CPUs each, in a job of 8 CPUs" in refused.stderr
+    roomy = launch(*train, **job | {"SLURM_JOB_CPUS_PER_NODE": "8(x2)"})
+    assert "srun --nodes 1 --ntasks 2 " in roomy.stdout
+
+
+@pytest.mark.parametrize(
+    ("code", "stopped", "ends"), [(2, False, 2), (2, True, 2), (-2, False, 1), (-2, True, 85), (1, True, 85)]
+)
+def test_a_check_that_is_ended_on_request_is_no_mistake(code: int, stopped: bool, ends: int) -> None:
+    assert cli._code_of_check(code, stopped) == ends
+
+
+def test_a_request_during_the_check_stops_the_run_before_it_began(tmp_path: Path) -> None:
+    slow = tmp_path / "python"
+    slow.write_text("#!/bin/sh\nkill -INT $PPID\nsleep 0.2\nkill -INT $$\n")
+    slow.chmod(0o755)
+    code = "import sys; from launcher import cli; sys.executable = sys.argv[1]\n"
+    code += "cli.build = lambda *_: cli.Command(['false'])\nsys.exit(cli.main(['train', 'x.yaml', '--nproc', '1']))"
+    done = subprocess.run([sys.executable, "-c", code, slow], env=NO_SLURM, capture_output=True, timeout=60)
+    assert done.returncode == 85, done.stderr
+
+
 def test_under_mpirun_it_starts_no_ranks_of_ranks() -> None:
     ranks = {"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2"}
     inside = launch("evaluate", "--model", "m", "--dry-run", **ranks)
@@ -87,12 +128,19 @@ def test_merge_is_one_process() -> None:
         (["shards", "--nproc", "0"], "--nproc 0: at least 1"),
         (["train", "x.yaml", "--hostfile", "nowhere", "--nproc", "2"], "nowhere: no such file"),
         (["tensorboard", "nowhere"], "nowhere: no such run folder"),
+        (["tensorboard", ".", "--port", "70000"], "--port 70000: a port is a number from 1 to 65535"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_in_one_line(words: list[str], said: str) -> None:
     done = launch(*words)
     assert done.returncode == 2
     assert said in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_hostfile_without_machines_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("# none yet\n")
+    with pytest.raises(UsageError, match="hosts: names no machine"):
+        cli._nodes(tmp_path / "hosts", 2, given=True)
 
 
 def test_overrides_are_parted_from_our_own_words() -> None:

@@ -83,6 +83,26 @@ def test_mpi_world_smaller_than_promised_is_refused(tmp_path: Path) -> None:
     assert "started 2 ranks but MPI sees 1" in done.stderr and "--mpi=pmi2" in done.stderr
 
 
+def test_a_rank_that_is_ended_while_rank_0_speaks_keeps_its_exit_code() -> None:
+    code = "import os, signal, threading; from launcher import comm, errors; comm._fail_together(1, os._exit)\n"
+    code += "threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start(); errors.leave('said by rank 0', 2)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (2, "")
+
+
+@pytest.mark.parametrize(("gpus", "own"), [(1, 0), (8, 3)])
+def test_deepspeed_is_told_the_number_of_this_ranks_gpu(gpus: int, own: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert comm._take_gpu(world.World(3, 3, 4, 4, "", 1, "slurm"))
+    assert taken == [own] and os.environ["LOCAL_RANK"] == str(own)
+
+
 def torch_pair(way: str, out: Path) -> tuple[list[int], str]:
     port, children, said = str(world.free_port()), [], out / "stderr"
     with said.open("w") as stderr:

@@ -40,6 +40,29 @@ def test_deepspeed_on_one_node_is_the_plain_deepspeed_way(ranks: int) -> None:
     assert made.env["OMP_NUM_THREADS"] == made.env["MKL_NUM_THREADS"] == "4"
 
 
+def test_deepspeed_takes_the_gpus_that_are_visible() -> None:
+    made = command.deepspeed("cogvlm_hpe", TRAIN, ranks=2, port=7, threads=4, env={}, gpus=["2", "3", "5"])
+    assert made.argv[:4] == ["deepspeed", "--quiet", "--master_port", "7"], "an option would make it drop the variable"
+    assert made.env["CUDA_VISIBLE_DEVICES"] == "2,3"
+    with pytest.raises(UserError, match=r"CUDA_VISIBLE_DEVICES=2: too few for 2 ranks.*--nproc"):
+        command.deepspeed("cogvlm_hpe", TRAIN, ranks=2, port=7, threads=4, env={}, gpus=["2"])
+    with pytest.raises(UserError, match=r"GPU-0a: .*numbers only"):
+        command.deepspeed("cogvlm_hpe", TRAIN, ranks=1, port=7, threads=4, env={}, gpus=["GPU-0a"])
+
+
+@pytest.mark.parametrize(("said", "count"), [(None, 8), ("", 8), ("2, 3", 2), ("GPU-0a", 1)])
+def test_gpus_are_counted_as_far_as_they_are_visible(
+    said: str | None, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if said is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", said)
+    monkeypatch.setattr(command, "_gpu_files", lambda: ["/dev/nvidia0"] * 8)
+    assert command.gpu_count() == count
+    monkeypatch.setattr(command, "_gpu_files", list)
+    assert command.gpu_count() == 0 and command.visible_gpus() is None, "a variable makes no GPUs"
+
+
 @pytest.mark.parametrize("nodes", [8, 64])
 def test_deepspeed_on_many_nodes_takes_the_environment_along(nodes: int, tmp_path: Path) -> None:
     made = command.deepspeed(

@@ -87,6 +87,14 @@ def test_a_torn_checkpoint_does_not_count(tmp_path: Path) -> None:
     assert status.read_status(run, NOW_S).checkpoint_step == 20
 
 
+def test_a_copy_beside_the_checkpoints_is_none(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "r", 20)
+    (run / "checkpoints" / "step-00000020").rename(run / "checkpoints" / "step-00000020.keep")
+    save(run, 10, age_s=1)
+    assert status.read_status(run, NOW_S).checkpoint == "step-00000010"
+    assert status.progress(run).saved == 10
+
+
 def test_a_run_just_begun_and_a_folder_without_one(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("train: {max_steps: 100}\n")
     seen = status.read_status(tmp_path)

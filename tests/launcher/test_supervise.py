@@ -69,6 +69,11 @@ def test_killed_is_said_in_words(code: int) -> None:
     assert "SIGKILL" in supervise.describe(code)
 
 
+def test_255_is_nobody_killed() -> None:
+    assert supervise.describe(255) == "exit code 255"
+    assert "SIGHUP" in supervise.describe(129)
+
+
 @pytest.mark.parametrize("number", supervise.STOP_SIGNALS)
 def test_every_stop_signal_asks_the_ranks_to_save(number: signal.Signals, tmp_path: Path) -> None:
     run = start(rank(tmp_path, "work"))

@@ -15,7 +15,7 @@ from tiny_model import small_config
 from cogvlm_hpe.model.configuration import CogVLMConfig
 from cogvlm_hpe.model.convert import Source, write_sat
 from cogvlm_hpe.model.folders import resolve_base
-from cogvlm_hpe.model.load import empty_model, load, load_base
+from cogvlm_hpe.model.load import empty_model, load, load_base, load_several
 from cogvlm_hpe.model.modeling import CogVLMForCausalLM
 from cogvlm_hpe.model.weights import open_weights
 from launcher.errors import UserError
@@ -148,6 +148,22 @@ def test_tokenizer_may_lie_elsewhere(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="tokenizer"):
         load(tmp_path)
     assert load(tmp_path, tokenizer=TINY).tokenizer.get_vocab_size() == load(TINY).tokenizer.get_vocab_size()
+
+
+def test_a_base_judged_beside_adapters_speaks_with_their_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "base").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(TINY / name, tmp_path / "base")
+    for adapter, notes in (("old", {"tokenizer": "gone"}), ("new", {"tokenizer": str(TINY)})):
+        (tmp_path / adapter).mkdir()
+        (tmp_path / adapter / "hpe.json").write_text(json.dumps(notes))
+    monkeypatch.setattr("cogvlm_hpe.model.load.put_adapter", lambda *_: None)
+    base, tuned = load_several(tmp_path / "base", [None, tmp_path / "new"])
+    assert base.tokenizer.to_str() == tuned.tokenizer.to_str()
+    with pytest.raises(UserError, match="tokenizer"):
+        load_several(tmp_path / "base", [None, tmp_path / "old"])
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_has_rows_is_refused(base: Path) -> None:

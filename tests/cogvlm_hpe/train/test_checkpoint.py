@@ -65,6 +65,17 @@ def test_a_folder_without_manifest_is_not_a_checkpoint(tmp_path: Path, describe:
     assert [folder.name for folder in checkpoint.torn(tmp_path)] == ["step-00000002"]
 
 
+def test_a_copy_beside_the_checkpoints_is_none_and_stays(tmp_path: Path, describe: checkpoint.Describe) -> None:
+    copy = save(tmp_path, 1, describe).with_name("step-00000001.keep")
+    checkpoint.folder_of(tmp_path, 1).rename(copy)
+    assert checkpoint.newest(tmp_path) is None
+    for step in (2, 3, 4):
+        save(tmp_path, step, describe)
+    assert (copy / "manifest.json").is_file()
+    (copy / "manifest.json").unlink()
+    assert checkpoint.torn(tmp_path) == []
+
+
 @pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
 def test_damage_is_named(tmp_path: Path, describe: checkpoint.Describe, damage: str) -> None:
     folder = save(tmp_path, 1, describe)
