@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,11 +126,12 @@ def _verify(options: argparse.Namespace) -> int:
     from shards.verify import lint
 
     comm = mpi()
+    if comm.rank == 0 and options.report is not None:
+        _make_place("--report", options.report)
     found = lint(options.sets, comm, options.fast)
     if comm.rank == 0:
         checked = "index" if options.fast else "every byte"
         if options.report is not None:
-            options.report.parent.mkdir(parents=True, exist_ok=True)
             write_json_atomic(options.report, found.to_json() | {"checked": checked})
         for described in found.sets:
             counts = described["counts"]
@@ -137,6 +139,19 @@ def _verify(options: argparse.Namespace) -> int:
             _print_poses(described["poses"])
         _say_findings(options.sets, found.findings, checked)
     return 1 if found.findings else 0
+
+
+def _make_place(flag: str, path: Path) -> None:
+    """The folder of a file that is written in the end. Raises UsageError, before all the work, where it cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+        why = "it is a folder" if path.is_dir() else ""
+    except OSError as error:
+        why = f"{error.strerror}: {error.filename}"
+    if why:
+        raise UsageError(f"{flag} {path}: cannot be written ({why}); name a file in a folder that you may write to")
 
 
 def _print_poses(poses: "dict[str, dict[str, Any]]") -> None:
@@ -223,6 +238,7 @@ def _preview(options: argparse.Namespace) -> int:
         raise UsageError(f"--count {options.count}: at least one sample is needed")
     if _first_rank() is not None:
         out = options.out or Path(f"{options.set.resolve().name}-preview.png")
+        _make_place("--out", out)
         shown = preview(open_set(options.set), options.count, out)
         print(f"{out}: {shown} samples")
     return 0

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from launcher.errors import UsageError
 from shards.index import ShardSet
 from shards.record import Record
 
@@ -72,7 +73,12 @@ def contact_sheet(tiles: Sequence[Pixels], titles: Sequence[str], columns: int =
 
 
 def preview(shard_set: ShardSet, count: int, out: Path) -> int:
-    """Write a contact sheet of `count` samples spread over the set to `out`; returns how many there are on it."""
+    """Write a contact sheet of `count` samples spread over the set to `out`; returns how many there are on it.
+
+    Raises UsageError where `out` ends in no kind of image.
+    """
+    if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
+        raise UsageError(f"--out {out}: {out.suffix!r} is no kind of image that can be written; let it end in .png")
     count = min(count, len(shard_set))
     tiles, titles = [], []
     for i in [len(shard_set) * k // count for k in range(count)]:

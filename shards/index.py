@@ -9,6 +9,7 @@ samples and for 10^8, and the processes of one machine share the pages. Its arra
 A set may also be elsewhere, at a URL: its index is copied here once, and its tars, whole, when they are first read.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -94,6 +95,12 @@ class ShardSet:
     def shard_sizes(self) -> list[int]:
         """Samples in each shard."""
         return [shard["samples"] for shard in self.info["shards"]]
+
+    @cached_property
+    def digest(self) -> str:
+        """What tells this build from another, wherever it lies: of its tars' hashes, in their order; 16 digits."""
+        tars = "".join(f"{shard['samples']} {shard['sha256']}\n" for shard in self.info["shards"])
+        return hashlib.sha256(tars.encode()).hexdigest()[:16]
 
     @cached_property
     def head_starts(self) -> NDArray[np.int64]:

@@ -13,6 +13,7 @@ MOST_PIXELS = 178_956_970
 
 
 _MOST_KEPT_BYTES = 64 << 20
+_EIGHT_BIT = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
 
 
 class Scratch:
@@ -46,28 +47,61 @@ def decode_pixels(
     """Encoded image to (H, W, 3) uint8 RGB; JPEG by simplejpeg at full size, others by Pillow.
 
     size: width and height it must have; raises SizeError, before decoding, where it has others. scratch: where the
-    result may lie. Raises ValueError for bytes that do not decode and for images of more than MOST_PIXELS.
+    result may lie. Raises ValueError for bytes that do not decode, and for images of more than MOST_PIXELS or of more
+    than 8 bits a colour.
     """
-    if extension == "jpg":
-        import simplejpeg
+    if extension != "jpg":
+        return _by_pillow(data, size)
+    try:
+        pixels = _by_simplejpeg(data, size, scratch)
+    except SizeError:
+        raise
+    except ValueError as refused:
+        # simplejpeg takes each warning for an error: stray bytes, a segment that ends early. Photos of the web have
+        # them and every viewer shows them; Pillow refuses only those that are cut.
+        try:
+            return _by_pillow(data, size, "JPEG")
+        except SizeError:
+            raise
+        except ValueError:
+            raise refused from None
+    return _by_pillow(data, size, "JPEG") if pixels is None else pixels
 
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        _check_size(width, height, size)
-        if colours not in ("CMYK", "YCCK"):
-            place = None if scratch is None else scratch.take(height * width * 3)
-            pixels: np.ndarray = simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=place)
-            return pixels
+
+def _by_simplejpeg(data: bytes, size: tuple[int, int] | None, scratch: Scratch | None) -> np.ndarray | None:
+    """None for a JPEG of four colours, which it does not turn into RGB."""
+    import simplejpeg
+
+    height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    _check_size(width, height, size)
+    if colours in ("CMYK", "YCCK"):
+        return None
+    place = None if scratch is None else scratch.take(height * width * 3)
+    pixels: np.ndarray = simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=place)
+    return pixels
+
+
+def _by_pillow(data: bytes, size: tuple[int, int] | None, kind: str | None = None) -> np.ndarray:
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=None if kind is None else (kind,)) as image:
             _check_size(*image.size, size)
+            check_mode(image.mode)
             return np.array(image.convert("RGB"))
     except SizeError:
         raise
     except Exception as error:
         # Damaged bytes make Pillow raise SyntaxError, zlib.error, struct.error, … as well as OSError.
         raise ValueError(str(error).split("\n")[0] or type(error).__name__) from None
+
+
+def check_mode(mode: str) -> None:
+    """Raise ValueError for a mode of Pillow's whose pixels do not fit into 8 bits: made RGB they would be all white."""
+    if mode not in _EIGHT_BIT:
+        raise ValueError(
+            f"its pixels are of mode {mode}, of more than 8 bits; make it 8-bit first, as `mogrify -depth 8` does"
+        )
 
 
 def _check_size(width: int, height: int, said: tuple[int, int] | None) -> None:

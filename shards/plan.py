@@ -50,6 +50,9 @@ class Indexed(Protocol):
     @property
     def n_heads(self) -> Any: ...
 
+    @property
+    def digest(self) -> str: ...
+
 
 class Plan:
     """The order of samples. `ratios` need not add up to 1; they are kept to within 1e-4 and exactly in each period.
@@ -57,8 +60,8 @@ class Plan:
     block_shards, shard_sizes: shuffle by blocks of so many shards of each set (shard_sizes: one row a set), see
     BlockShuffle; 0: a full shuffle. bucket_batches, heads: within every so many batches, samples of a set change places
     so that a batch has images of about as many heads (heads: one row a set); the ratios of each batch stay. Both keep
-    every epoch exact. Raises UsageError where a set is empty, a ratio is not positive (or below 1e-4 of all), the batch
-    is below 1, or an option is negative.
+    every epoch exact. digests: which builds the sets are, told by the state. Raises UsageError where a set is empty, a
+    ratio is not positive (or below 1e-4 of all), the batch is below 1, or an option is negative.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class Plan:
         shard_sizes: Sequence[Sequence[int]] = (),
         bucket_batches: int = 0,
         heads: Sequence[Sequence[int] | Ints] = (),
+        digests: Sequence[str] = (),
     ) -> None:
         if not sizes or len(sizes) != len(ratios):
             raise UsageError(
@@ -95,7 +99,7 @@ class Plan:
             raise UsageError("block_shards needs the sizes of all shards of all sets")
         if bucket_batches and tuple(map(len, heads)) != self.sizes:
             raise UsageError("bucket_batches needs the number of heads of every sample")
-        self._heads = heads
+        self._heads, self._digests = heads, [*digests] if any(digests) else []
         self._windows: OrderedDict[int, Ints] = OrderedDict()
         self._shares: OrderedDict[tuple[int, int], tuple[int, Ints]] = OrderedDict()
         self.weights = mix_weights(self.ratios)
@@ -108,8 +112,9 @@ class Plan:
     @classmethod
     def of(cls, sets: Sequence[Indexed], ratios: Sequence[float], seed: int, batch: int, **options: int) -> "Plan":
         """The plan over shard sets; options: block_shards, bucket_batches."""
-        shard_sizes, heads = [s.shard_sizes for s in sets], [s.n_heads for s in sets]
-        return cls([len(s) for s in sets], ratios, seed, batch, shard_sizes=shard_sizes, heads=heads, **options)
+        sizes, shard_sizes = [len(s) for s in sets], [s.shard_sizes for s in sets]
+        heads, digests = [s.n_heads for s in sets], [s.digest for s in sets]
+        return cls(sizes, ratios, seed, batch, shard_sizes=shard_sizes, heads=heads, digests=digests, **options)
 
     def options(self) -> dict[str, Any]:
         """What Plan.of takes besides the sets."""
@@ -193,7 +198,7 @@ class Plan:
     def state(self, n: int) -> dict[str, Any]:
         """All that a resumed run needs to go on with global batch n, on any number of ranks and workers."""
         state = {"step": n, "seed": self.seed, "batch": self.batch, "sizes": [*self.sizes], "ratios": [*self.ratios]}
-        options = {"block_shards": self.block_shards, "bucket_batches": self.bucket_batches}
+        options = {"block_shards": self.block_shards, "bucket_batches": self.bucket_batches, "digests": self._digests}
         return state | {name: value for name, value in options.items() if value}
 
 

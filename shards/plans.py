@@ -96,6 +96,8 @@ def _plan_options(options: argparse.Namespace) -> dict[str, int]:
 class _Imagined:
     """A set of so many samples that is nowhere, in shards of a thousand."""
 
+    digest = ""
+
     def __init__(self, samples: int) -> None:
         self._samples = samples
 

@@ -107,8 +107,21 @@ def _index_hash(text: bytes) -> str | None:
 @contextlib.contextmanager
 def open_url(url: str) -> Iterator[IO[bytes]]:
     """The bytes of a file at a URL. Raises OSError where it cannot be read, UsageError for a kind that nobody reads."""
+    try:
+        yield from _opened(url)
+    except (OSError, UserError, Damaged):
+        raise
+    except Exception as error:
+        # Opening and reading both: botocore's errors, http.client's and others' are no OSErrors.
+        raise OSError(f"{type(error).__name__}: {error}") from None
+
+
+def _opened(url: str) -> Iterator[IO[bytes]]:
     if url.startswith(("http://", "https://")):
-        yield from _http(url)
+        import urllib.request
+
+        with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as stream:
+            yield stream
     elif url.startswith(_PIPE):
         from webdataset.gopen import gopen
 
@@ -116,17 +129,6 @@ def open_url(url: str) -> Iterator[IO[bytes]]:
             yield stream
     else:
         yield from _fsspec(url)
-
-
-def _http(url: str) -> Iterator[IO[bytes]]:
-    import http.client
-    import urllib.request
-
-    try:
-        with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as stream:
-            yield stream
-    except http.client.HTTPException as error:
-        raise OSError(f"{type(error).__name__}: {error}") from None
 
 
 def _fsspec(url: str) -> Iterator[IO[bytes]]:

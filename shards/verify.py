@@ -10,10 +10,10 @@ import numpy as np
 
 from launcher import files
 from launcher.comm import Comm
-from launcher.errors import UsageError
+from launcher.errors import UsageError, UserError
 from launcher.progress import Progress
 from shards.index import INDEX_JSON, INDEX_NPZ, SampleError, ShardSet, open_set
-from shards.part import pose_histogram
+from shards.part import LOWEST_DEG, pose_histogram
 from shards.pixels import SizeError, decode_pixels
 from shards.record import Record
 from shards.remote import as_url
@@ -22,6 +22,9 @@ from shards.tars import HEADER, Member, check_members
 _OUTSIDE_PX = 1.0
 _NAMED = 5
 _LEFT_ALONE = {INDEX_JSON, INDEX_NPZ}
+_COUNTED = ("samples", "heads", "objects", "shards", "bytes")
+_MOST_BYTES = 1 << 48  # of a tar: no place in it lies behind them
+_PLACES = ("image_offset", "image_size", "json_offset", "json_size")
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,8 @@ class Lint:
     findings: list[str]
     """One line each."""
     sets: list[dict[str, Any]]
-    """Of each set: path, source, split, counts and poses, the histogram of its records (with `fast` the index's)."""
+    """Of each set: path, source, split, counts and poses, the histogram of its records (the index's with `fast`, and
+    where index.npz is damaged)."""
 
     def to_json(self) -> dict[str, Any]:
         """The report file."""
@@ -48,18 +52,21 @@ def lint(paths: Sequence[Path], comm: Comm, fast: bool = False) -> Lint:
 
     fast: the index only (counts, keys, sizes of the tars, subjects shared between splits), else also every byte:
     hashes, headers, members, images, records, boxes, poses; ranks share the shards. Raises UserError where a set does
-    not open, UsageError for one that is elsewhere.
+    not open, UsageError for one that is elsewhere. Where index.npz is damaged, what needs it is left out.
     """
     for path in paths:
         if as_url(path) is not None:
             raise UsageError(f"{path}: sets are verified where they are; copy it to a folder first")
     sets = [open_set(path) for path in paths]
-    findings = [finding for shard_set in sets for finding in check_index(shard_set)]
-    findings += check_leaks(sets)
+    for shard_set in sets:
+        _check_json(shard_set)
+    damage = [_check_npz(shard_set) for shard_set in sets]
+    findings = [finding for pair in zip(sets, damage, strict=True) for finding in _check_index(*pair)]
+    findings += check_leaks([shard_set for shard_set, damaged in zip(sets, damage, strict=True) if not damaged])
     described = [_describe(shard_set) for shard_set in sets]
     if not fast:
-        for shard_set, description in zip(sets, described, strict=True):
-            found, poses = _check_content(shard_set, comm)
+        for shard_set, damaged, description in zip(sets, damage, described, strict=True):
+            found, poses = _check_content(shard_set, comm, not damaged)
             findings += found
             for angle, heads in poses.items():
                 description["poses"][angle] = {**description["poses"][angle], "heads": heads}
@@ -72,8 +79,54 @@ def _describe(shard_set: ShardSet) -> dict[str, Any]:
     return {"path": str(shard_set.path), **told, "poses": dict(info["poses"])}
 
 
-def check_index(shard_set: ShardSet) -> list[str]:
-    """Findings that need no sample to be read: counts, keys, offsets, and the tars' presence and sizes."""
+def _check_json(shard_set: ShardSet) -> None:
+    """Raise UserError where index.json lacks what every build writes into it: nothing can be held against it then."""
+    info = shard_set.info
+    try:
+        good = isinstance(info["split"], str) and all(type(info["counts"][what]) is int for what in _COUNTED)
+        good = good and info["poses"].keys() == LOWEST_DEG.keys() and type(info.get("index", {})) is dict
+        for told in info["poses"].values():
+            numbers = [told["lowest_deg"], told["bin_deg"], *told["heads"]]
+            good = good and len(told["heads"]) > 0 and all(type(number) is int for number in numbers)
+    except (KeyError, TypeError, AttributeError):
+        good = False
+    if not good:
+        raise UserError(
+            f"{shard_set.path / INDEX_JSON}: not as a build writes it: split, counts, poses or index is damaged; "
+            "copy the set again, or remove and build it"
+        )
+
+
+def _check_npz(shard_set: ShardSet) -> list[str]:
+    """Findings that make the columns of index.npz useless: other bytes than were written, numbers of nothing."""
+    path, said, arrays = shard_set.path / INDEX_NPZ, shard_set.info.get("index"), shard_set.arrays
+    # Sets of the first builds do not say.
+    if said is not None and files.sha256(path) != said.get("sha256"):
+        return [f"{path}: sha256 differs from that in {INDEX_JSON}: its bytes have changed since it was built"]
+    limits = {"shard": len(shard_set.info["shards"]), "subject": len(arrays["subjects"])}
+    limits |= {"head_subject": limits["subject"]} | dict.fromkeys(_PLACES, _MOST_BYTES)
+    return [
+        f"{path}: column {name} holds a number outside [0, {limit}), which no build writes; copy the set again"
+        for name, limit in limits.items()
+        if len(arrays[name]) and not 0 <= arrays[name].min() <= arrays[name].max() < limit
+    ]
+
+
+def _check_index(shard_set: ShardSet, damage: list[str]) -> list[str]:
+    """Findings that need no sample to be read: counts, keys, offsets, and the tars' presence and sizes.
+
+    damage: what _check_npz has found; the columns are looked at where that is nothing.
+    """
+    info, path = shard_set.info, shard_set.path
+    findings = [*damage] or _check_columns(shard_set)
+    for shard in info["shards"]:
+        findings += _check_tar(path / shard["file"], shard)
+    listed = {shard["file"] for shard in info["shards"]} | _LEFT_ALONE
+    strangers = sorted(file.name for file in path.iterdir() if file.suffix == ".tar" and file.name not in listed)
+    return findings + [f"{path / name}: a tar that the index does not list" for name in strangers]
+
+
+def _check_columns(shard_set: ShardSet) -> list[str]:
     arrays, info, path = shard_set.arrays, shard_set.info, shard_set.path
     findings = []
     counted = {
@@ -87,35 +140,21 @@ def check_index(shard_set: ShardSet) -> list[str]:
         if info["counts"][what] != number:
             findings.append(f"{path}: index.json counts {info['counts'][what]} {what}, there are {number}")
     keys, times = np.unique(arrays["key"], return_counts=True)
-    findings += [f"{path}, key {str(key, 'ascii')}: comes more than once" for key in keys[times > 1][:_NAMED].tolist()]
+    again = keys[times > 1][:_NAMED].tolist()
+    findings += [f"{path}, key {str(key, 'ascii', 'replace')}: comes more than once" for key in again]
     per_shard = np.bincount(arrays["shard"], minlength=len(info["shards"]))
-    for shard, found in zip(info["shards"], per_shard.tolist(), strict=False):
-        findings += _check_tar(path / shard["file"], shard, found)
-    findings += _check_offsets(shard_set)
-    findings += _check_index_file(shard_set)
-    listed = {shard["file"] for shard in info["shards"]} | _LEFT_ALONE
-    strangers = sorted(file.name for file in path.iterdir() if file.suffix == ".tar" and file.name not in listed)
-    return findings + [f"{path / name}: a tar that the index does not list" for name in strangers]
+    for shard, found in zip(info["shards"], per_shard.tolist(), strict=True):
+        if found != shard["samples"]:
+            tar = path / shard["file"]
+            findings.append(f"{tar}: index.json says {shard['samples']} samples, index.npz {found}")
+    return findings + _check_offsets(shard_set)
 
 
-def _check_tar(tar: Path, shard: dict[str, Any], found: int) -> list[str]:
-    findings = []
-    if found != shard["samples"]:
-        findings.append(f"{tar}: index.json says {shard['samples']} samples, index.npz {found}")
+def _check_tar(tar: Path, shard: dict[str, Any]) -> list[str]:
     if not tar.is_file():
-        return [*findings, f"{tar}: missing"]
+        return [f"{tar}: missing"]
     size = tar.stat().st_size
-    if size != shard["bytes"]:
-        findings.append(f"{tar}: {size} bytes, {shard['bytes']} were written")
-    return findings
-
-
-def _check_index_file(shard_set: ShardSet) -> list[str]:
-    path, said = shard_set.path / INDEX_NPZ, shard_set.info.get("index")
-    # Sets of the first builds do not say.
-    if said is None or files.sha256(path) == said["sha256"]:
-        return []
-    return [f"{path}: sha256 differs from that in {INDEX_JSON}: its bytes have changed since it was built"]
+    return [] if size == shard["bytes"] else [f"{tar}: {size} bytes, {shard['bytes']} were written"]
 
 
 def _check_offsets(shard_set: ShardSet) -> list[str]:
@@ -143,27 +182,37 @@ def check_leaks(sets: Sequence[ShardSet]) -> list[str]:
     return findings
 
 
-def _check_content(shard_set: ShardSet, comm: Comm) -> tuple[list[str], dict[str, list[int]]]:
-    """All ranks. Findings, and the histogram of the records' poses."""
+def _check_content(shard_set: ShardSet, comm: Comm, by_index: bool) -> tuple[list[str], dict[str, list[int]]]:
+    """All ranks. Findings, and the histogram of the records' poses.
+
+    by_index: look at the samples too, where index.npz says they are; otherwise only at the tars' hashes, and there is
+    no histogram.
+    """
     shards = shard_set.info["shards"]
     findings: list[str] = []
-    poses = [np.empty((0, 3))]
+    poses = pose_histogram(np.empty((0, 3)))
     with Progress(comm).bar(f"verify {shard_set.path.name}", len(shards)) as bar:
         for first in range(0, len(shards), comm.size):
             mine = first + comm.rank
             if mine < len(shards):
-                findings += _check_shard(shard_set, mine, poses)
+                findings += _check_bytes(shard_set, mine)
+                if by_index:
+                    found, heads = _check_shard(shard_set, mine)
+                    findings += found
+                    poses = {angle: poses[angle] + heads[angle] for angle in poses}
             comm.barrier()
             bar.advance(min(comm.size, len(shards) - first))
-    gathered = comm.gather((findings, pose_histogram(np.concatenate(poses))))
-    merged = _merge(shard_set, gathered) if gathered is not None else ([], {})
+    gathered = comm.gather((findings, poses))
+    merged = _merge(shard_set, gathered, by_index) if gathered is not None else ([], {})
     return comm.broadcast(merged)
 
 
 def _merge(
-    shard_set: ShardSet, gathered: list[tuple[list[str], dict[str, Any]]]
+    shard_set: ShardSet, gathered: list[tuple[list[str], dict[str, Any]]], by_index: bool
 ) -> tuple[list[str], dict[str, list[int]]]:
     findings = sorted(finding for found, _ in gathered for finding in found)
+    if not by_index:
+        return findings, {}
     poses = {
         angle: np.sum([histogram[angle] for _, histogram in gathered], axis=0).tolist()
         for angle in shard_set.info["poses"]
@@ -174,15 +223,19 @@ def _merge(
     return findings, poses
 
 
-def _check_shard(shard_set: ShardSet, shard: int, poses: list[np.ndarray]) -> list[str]:
-    """Findings of one tar; the poses of its heads are added to `poses`."""
-    said = shard_set.info["shards"][shard]
-    tar = shard_set.path / said["file"]
+def _check_bytes(shard_set: ShardSet, shard: int) -> list[str]:
+    said, tar = shard_set.info["shards"][shard], shard_set.tar(shard)
+    # _check_index has said that it is missing, or of another size.
+    if not tar.is_file() or tar.stat().st_size != said["bytes"] or files.sha256(tar) == said["sha256"]:
+        return []
+    return [f"{tar}: sha256 differs from the index: the bytes have changed since it was built"]
+
+
+def _check_shard(shard_set: ShardSet, shard: int) -> tuple[list[str], dict[str, Any]]:
+    """Findings in the samples of one tar, and the histogram of their poses."""
+    tar, poses, findings = shard_set.tar(shard), [np.empty((0, 3))], []
     if not tar.is_file():
-        return []  # check_index has said so, and of another size too
-    findings = []
-    if tar.stat().st_size == said["bytes"] and files.sha256(tar) != said["sha256"]:
-        findings.append(f"{tar}: sha256 differs from the index: the bytes have changed since it was built")
+        return [], pose_histogram(poses[0])
     samples = np.flatnonzero(shard_set.arrays["shard"] == shard).tolist()
     findings += check_members(tar, list(_members(shard_set, samples)))
     for i in samples:
@@ -190,7 +243,7 @@ def _check_shard(shard_set: ShardSet, shard: int, poses: list[np.ndarray]) -> li
             findings += [f"{tar}, key {shard_set.key(i)}: {what}" for what in _check_sample(shard_set, i, poses)]
         except SampleError as error:
             findings.append(str(error))
-    return findings
+    return findings, pose_histogram(np.concatenate(poses))
 
 
 def _members(shard_set: ShardSet, samples: Sequence[int]) -> Iterator[Member]:

@@ -28,6 +28,7 @@ from shards.index import FORMAT, INDEX_JSON, INDEX_NPZ, KEY, Arrays, open_set
 WORK_FOLDER = ".build"
 _RECIPE = "recipe.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_FOLDER = (errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS)
 _PROBES = 8
 _INDEX_BYTES = 256  # a sample's share of index.npz and of the parts, at most
 _MEGABYTE = 1_000_000
@@ -82,7 +83,9 @@ def build(
     out = Path(out)
     with _full_disk(out):
         recipe = _recipe(source, samples_per_shard, name or source.name, max_shard_mb)
-        if comm.broadcast(_prepare(out, recipe) if comm.rank == 0 else None):
+        with _writable(out):
+            is_complete = comm.broadcast(_prepare(out, recipe) if comm.rank == 0 else None)
+        if is_complete:
             return
         missing = _missing(out, recipe, comm)
         if comm.rank == 0:
@@ -104,6 +107,19 @@ def _full_disk(out: Path) -> Iterator[None]:
         raise UserError(
             f"{out}: the disk is full ({error.strerror}); what is finished is kept: free some space and run the same "
             "command again"
+        ) from None
+
+
+@contextmanager
+def _writable(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_FOLDER:
+            raise
+        raise UserError(
+            f"{out}: no folder that can be written to ({error.strerror}: {error.filename}); choose another --out, or "
+            "mend its rights"
         ) from None
 
 

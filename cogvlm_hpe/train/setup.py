@@ -29,7 +29,7 @@ from cogvlm_hpe.model.weights import open_weights, read_config
 from cogvlm_hpe.train import adapter, checkpoint
 from cogvlm_hpe.train.ask import Asker
 from cogvlm_hpe.train.batch import Collator
-from cogvlm_hpe.train.engine import Engine, deepspeed_config, prepare_deepspeed
+from cogvlm_hpe.train.engine import Engine, check_zero, deepspeed_config, prepare_deepspeed
 from cogvlm_hpe.train.evaluation import Judge
 from cogvlm_hpe.train.loop import Run
 from cogvlm_hpe.train.module import TrainedModule
@@ -79,6 +79,7 @@ def setup(config: RunConfig, world: World, comm: Comm, *, resume: bool, allow_ch
     base = resolve_base(config.model.base)
     tokenizer = load_tokenizer(config.model.tokenizer or base, read_config(base).vocab_size)
     prepare_deepspeed()
+    check_zero(config)
     torch.manual_seed(config.train.seed)
     base_fingerprint = "" if config.model.random_init else same_base(base, comm)
     model = make_model(config, base, accumulation)  # 2
@@ -162,12 +163,13 @@ def put_adapters(
     """
     if config.adapter is None:
         return
-    given = adapter.read_input(config.adapter, describe.notes["base_fingerprint"])
+    needed = fresh or config.adapter.stack is not None
+    given = adapter.read_input(config.adapter, describe.notes["base_fingerprint"]) if needed else None
     describe.lora = adapter.add_lora(model, config.adapter, str(base.resolve()))
     if given is not None and config.adapter.stack:
         adapter.stack_on(model, given, base)
         describe.before = given.factors
-    elif given is not None and fresh:
+    elif given is not None:
         adapter.start_from(model, given)
 
 
@@ -314,6 +316,8 @@ def refuse_changes(run_dir: Path, config: RunConfig) -> None:
 def refuse_other_sets(saved: checkpoint.Saved, plan: Plan, run_dir: Path) -> None:
     """Raise UserError where the shard sets are not what they were: the same step would see other samples."""
     before, now = saved.loader, json.loads(json.dumps(plan.state(saved.step)))
+    if "digests" not in before:
+        now.pop("digests", None)  # older checkpoints do not tell which build of a set they have seen
     changed = [f"{key}: {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
     if changed:
         raise UserError(

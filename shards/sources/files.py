@@ -9,15 +9,19 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from launcher.errors import UsageError, UserError
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 Box = tuple[float, float, float, float]
 
 _MAGIC: dict[bytes, Literal["jpg", "png"]] = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png"}
 _LONGEST_KEY = 90
 _SHARE_SUM_TOLERANCE = 1e-6
+_ORIENTATION, _UPRIGHT = 0x0112, 1  # of EXIF
 
 
 def existing(path: Path, belongs: str) -> Path:
@@ -28,11 +32,54 @@ def existing(path: Path, belongs: str) -> Path:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """(width, height) in pixels from the file's header; nothing is decoded. Raises UserError."""
+    """(width, height) in pixels from the file's header; nothing is decoded.
+
+    Raises UserError, also for images of more than 8 bits a colour.
+    """
     from PIL import Image
 
     with _readable(path), Image.open(path) as image:
+        _check_depth(path, image)
         return image.size
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """`image_size` of an image whose boxes may have been read off a viewer. Raises UserError where viewers turn it."""
+    from PIL import Image
+
+    with _readable(path), Image.open(path) as image:
+        _check_depth(path, image)
+        turned = _orientation(image)
+        if turned != _UPRIGHT:
+            raise UserError(
+                f"{path}: EXIF orientation {turned}: viewers turn it, but its pixels are read as they are stored, so "
+                "boxes may be of either; turn the pixels (`exiftran -ai`, `mogrify -auto-orient`), or, where the boxes "
+                "are of the stored pixels, remove the tag (`exiftool -Orientation=`)"
+            )
+        return image.size
+
+
+def _check_depth(path: Path, image: "PIL.Image.Image") -> None:
+    from shards.pixels import check_mode
+
+    try:
+        check_mode(image.mode)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _orientation(image: "PIL.Image.Image") -> int:
+    """What the header says; 1 where it says nothing that can be read, as viewers take it."""
+    from PIL import Image
+
+    if image.format == "TIFF":
+        return _UPRIGHT  # Pillow turns these itself
+    try:
+        # Not the image's own: that of PNGs decodes the whole image to look for a tag behind it.
+        return int(Image.Image.getexif(image).get(_ORIENTATION, _UPRIGHT))
+    except Exception:
+        # A damaged tag makes Pillow raise struct.error, SyntaxError, …
+        return _UPRIGHT
 
 
 def image_bytes(path: Path) -> tuple[bytes, Literal["jpg", "png"]]:
@@ -46,6 +93,7 @@ def image_bytes(path: Path) -> tuple[bytes, Literal["jpg", "png"]]:
                 return data, extension
         again = io.BytesIO()
         with Image.open(io.BytesIO(data)) as image:
+            _check_depth(path, image)
             image.convert("RGB").save(again, "PNG")
     return again.getvalue(), "png"
 

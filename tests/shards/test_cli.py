@@ -97,6 +97,32 @@ def test_build_verify_info_preview(
     assert "small-000001.tar: missing" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["preview", "--out", "sheet.xyz"], "--out sheet.xyz: '.xyz' is no kind of image that can be written"),
+        (["preview", "--out", "sheet"], "--out sheet: '' is no kind of image"),
+        (["preview", "--out", "file/sheet.png"], "--out file/sheet.png: cannot be written (File exists: file)"),
+        (["preview", "--out", "folder.png"], "--out folder.png: cannot be written (it is a folder)"),
+        (["verify", "--report", "file/report.json"], "--report file/report.json: cannot be written (File"),
+    ],
+)
+def test_places_that_cannot_be_written_are_refused_before_the_work(
+    tiny_set: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine")
+    Path("folder.png").mkdir()
+    monkeypatch.setattr("shards.index.ShardSet.read", lambda *_: pytest.fail("a sample was read"))
+    assert main([words[0], str(tiny_set()), *words[1:]]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_build_in_another_order_with_smaller_images(
     tmp_path: Path, tiny_command: None, capsys: pytest.CaptureFixture[str]
 ) -> None:

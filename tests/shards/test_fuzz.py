@@ -297,6 +297,14 @@ def test_every_value_of_a_record_may_be_odd(tiny_set: Callable[..., Path]) -> No
     assert refused > 500 and taken > 20
 
 
+def verified(folder: Path) -> list[str]:
+    """What verify finds, or the one line that it ends with."""
+    try:
+        return verify([folder], single())
+    except UserError as error:
+        return [str(error)]
+
+
 @pytest.mark.slow
 def test_damaged_indexes_are_refused_or_their_samples_named(
     tiny_set: Callable[..., Path], no_hang: Callable[[], None]
@@ -321,6 +329,9 @@ def test_damaged_indexes_are_refused_or_their_samples_named(
             refused += 1
         else:
             assert all(".tar, key " in said for said in bad.values())
+            found = verified(folder)
+            assert all(str(folder) in finding and "\n" not in finding for finding in found)
+            assert found or name == "index.json", "every byte of index.npz is under its hash"
     assert 100 < refused < 400
 
 

@@ -206,6 +206,36 @@ def test_addresses_that_lead_nowhere(server: Server, cache: Cache, tmp_path: Pat
         open_set("pipe:cat somewhere")
 
 
+class OddError(Exception):
+    """As botocore has them: no OSError."""
+
+
+def test_errors_of_libraries_are_tried_again_and_said(
+    server: Server, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fsspec.implementations.local import LocalFileOpener, LocalFileSystem
+
+    failures = {LocalFileSystem.open: 2, LocalFileOpener.read: 2}
+
+    def failing(right: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object, **options: object) -> object:
+            failures[right] -= 1
+            if failures[right] >= 0:
+                raise OddError("the token has expired\nand more")
+            return right(*arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(LocalFileSystem, "open", failing(LocalFileSystem.open))
+    there = open_set(f"file://{server.set_folder}")
+    monkeypatch.setattr(LocalFileOpener, "read", failing(right := LocalFileOpener.read))
+    assert there.read(0).key == "tiny-train-000000"
+    failures[right] = 99
+    with pytest.raises(UserError, match=r"cannot be fetched \(OddError: the token has expired; tried 3 times\)"):
+        there.read(9)
+    assert not list(there.path.glob("*.part"))
+
+
 def test_missing_packages_are_named(cache: Cache) -> None:
     pytest.importorskip("fsspec")
     try:

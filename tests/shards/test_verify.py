@@ -11,6 +11,7 @@ from tiny_source import TinySource
 
 from launcher.comm import single
 from launcher.errors import UsageError, UserError
+from launcher.files import sha256
 from shards.index import open_set
 from shards.verify import lint, verify
 from shards.write import Sample, build
@@ -124,11 +125,49 @@ def test_members_that_the_index_does_not_know(tiny_set: Callable[..., Path]) -> 
     info = json.loads((folder / "index.json").read_text())
     info["counts"]["samples"] = 9
     (folder / "index.json").write_text(json.dumps(info))
+    changed = f"{folder / 'index.npz'}: sha256 differs"
+    assert findings(folder).startswith(changed) and findings(folder, fast=True).startswith(changed)
+    say_hash(folder)
     said = findings(folder)
-    assert "belong to no sample of the index" in said
-    assert f"{folder / 'index.npz'}: sha256 differs" in said and f"{folder / 'index.npz'}: sha256 differs" in findings(
-        folder, fast=True
-    )
+    assert "belong to no sample of the index" in said and "sha256" not in said
+
+
+def say_hash(folder: Path) -> None:
+    """As if the index had been built as it is now: what is wrong in it must be seen without its hash."""
+    info = json.loads((folder / "index.json").read_text())
+    info["index"]["sha256"] = sha256(folder / "index.npz")
+    (folder / "index.json").write_text(json.dumps(info))
+
+
+@pytest.mark.parametrize(
+    ("column", "number"),
+    [("shard", -1), ("shard", 2**31 - 1), ("subject", -7), ("head_subject", 2**30), ("json_offset", -(2**62))],
+)
+def test_a_damaged_index_is_told_and_not_used(tiny_set: Callable[..., Path], column: str, number: int) -> None:
+    folder = tiny_set(samples=10)
+    arrays = dict(np.load(folder / "index.npz"))
+    arrays[column][3] = number
+    np.savez(folder / "index.npz", **arrays)
+    tar = folder / "tiny-train-000001.tar"
+    tar.write_bytes(tar.read_bytes()[:-1] + b"x")
+    changed = f"{tar}: sha256 differs from the index: the bytes have changed since it was built"
+    first, second = findings(folder).splitlines()
+    assert first.startswith(f"{folder / 'index.npz'}: sha256 differs from that in index.json") and second == changed
+    say_hash(folder)
+    first, second = findings(folder, tiny_set(samples=10, split="test")).splitlines()
+    assert first.startswith(f"{folder / 'index.npz'}: column {column} holds a number outside [0, ")
+    assert second == changed
+    assert lint([folder], single()).sets[0]["poses"] == open_set(folder).info["poses"]
+
+
+@pytest.mark.parametrize("name", ["split", "counts", "poses"])
+def test_an_index_json_without_what_builds_write_is_an_error(tiny_set: Callable[..., Path], name: str) -> None:
+    folder = tiny_set(samples=10)
+    info = json.loads((folder / "index.json").read_text())
+    info[name] = {"samples": 10}  # as a set needs it to be opened
+    (folder / "index.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match=r"index\.json: not as a build writes it: .* copy the set again"):
+        findings(folder)
 
 
 def test_a_report_tells_counts_findings_and_the_histogram_of_the_records(tiny_set: Callable[..., Path]) -> None:
@@ -198,6 +237,7 @@ def test_an_index_that_lies(tiny_set: Callable[..., Path]) -> None:
     info = json.loads((folder / "index.json").read_text())
     info["shards"][0]["samples"] = 6
     (folder / "index.json").write_text(json.dumps(info))
+    say_hash(folder)
     said = findings(folder)
     assert "key tiny-train-000005: comes more than once" in said
     assert "index.json counts 15 heads, there are 17" in said

@@ -1,5 +1,6 @@
 """Building: the same bytes for any number of ranks, readable by anyone, complete or not there."""
 
+import errno
 import hashlib
 import json
 import os
@@ -211,6 +212,22 @@ def test_another_set_in_the_folder_is_refused(tiny_set: Callable[..., Path], tmp
         build(Stops(14), tmp_path / "half", single(), samples_per_shard=5)
     with pytest.raises(UserError, match="holds an unfinished build with name"):
         build(TinySource(samples=20, split="test"), tmp_path / "half", single(), samples_per_shard=5)
+
+
+def test_an_out_that_is_no_folder_is_refused_in_one_line(
+    tiny_source: TinySource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "set"):
+        with pytest.raises(UserError, match=f"^{out}: no folder that can be written to .Not a directory: .* --out"):
+            build(tiny_source, out, single())
+
+    def refused(path: Path, **_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    with pytest.raises(UserError, match="set: no folder that can be written to .Permission denied: "):
+        build(tiny_source, tmp_path / "set", single())
 
 
 class Spoilt(TinySource):

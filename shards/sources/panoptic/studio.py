@@ -36,6 +36,12 @@ def from_sequences(options: argparse.Namespace) -> posed.PosedImages:
         if getattr(options, name) < least:
             flag = name.replace("_", "-")
             raise UsageError(f"--{flag} {getattr(options, name):g}: it must be {least} or more")
+    # Not there where a source is made without a build.
+    if options.video and getattr(options, "shuffle", None) is not None:
+        raise UsageError(
+            "--video with --shuffle: videos are read forwards only, so each image would cost all frames before it; "
+            "extract hdImgs first by the toolbox's hdImgsExtractor.sh, or build without --shuffle"
+        )
     cameras = sorted(set(options.cameras if options.cameras is not None else range(HD_CAMERAS)))
     if not set(cameras) <= set(range(HD_CAMERAS)):
         raise UsageError(f"--cameras {cameras}: the HD cameras are 0 to {HD_CAMERAS - 1}")

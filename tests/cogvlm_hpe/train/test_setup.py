@@ -83,8 +83,23 @@ def test_other_sets_in_the_same_place_are_no_resumption(tiny_set: Callable[..., 
         plans.append(make_plan(config.shards, [open_set(path)]))
     saved = checkpoint.Saved(3, {}, {}, json.loads(json.dumps(plans[0].state(3))))
     refuse_other_sets(saved, plans[0], tmp_path)
-    with pytest.raises(UserError, match=r"sizes: \[20\] -> \[16\]\); bring the old ones back"):
+    with pytest.raises(UserError, match=r"sizes: \[20\] -> \[16\]; digests: .*\); bring the old ones back"):
         refuse_other_sets(saved, plans[1], tmp_path)
+
+
+def test_sets_may_move_but_not_be_built_anew_from_other_samples(tiny_set: Callable[..., Path], tmp_path: Path) -> None:
+    def plan_of(path: Path) -> Plan:
+        return make_plan(config_of(tmp_path, path).shards, [open_set(path)])
+
+    path = tiny_set(samples=20)
+    told = json.loads(json.dumps(plan_of(path).state(3)))
+    moved = path.rename(tmp_path / "moved")
+    refuse_other_sets(checkpoint.Saved(3, {}, {}, told), plan_of(moved), tmp_path)
+    other = plan_of(tiny_set(samples=20, seed=1))
+    with pytest.raises(UserError, match=r"shard sets have changed \(digests: \['[0-9a-f]{16}'\] -> "):
+        refuse_other_sets(checkpoint.Saved(3, {}, {}, told), other, tmp_path)
+    del told["digests"]
+    refuse_other_sets(checkpoint.Saved(3, {}, {}, told), other, tmp_path)
 
 
 def test_offload_settings_reach_deepspeed(tmp_path: Path) -> None:

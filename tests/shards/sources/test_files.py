@@ -46,6 +46,34 @@ def test_an_image_that_is_none_is_named(tmp_path: Path) -> None:
             read(tmp_path / "gone.jpg")
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_an_image_that_viewers_turn_is_refused_where_boxes_were_drawn_on_it(tmp_path: Path, kind: str) -> None:
+    path, exif = tmp_path / "picture.bin", Image.Exif()
+    for orientation in (1, 6):
+        exif[0x0112] = orientation
+        _picture().save(path, kind, exif=exif)
+        assert files.image_size(path) == (24, 16)
+        if orientation == 1:
+            assert files.upright_size(path) == (24, 16)
+    with pytest.raises(UserError, match=r"picture\.bin: EXIF orientation 6: .* turn the pixels .* remove the tag"):
+        files.upright_size(path)
+    _picture().save(path, "TIFF", exif=exif)
+    stored = np.asarray(Image.open(io.BytesIO(files.image_bytes(path)[0])))
+    assert files.upright_size(path) == (16, 24) == stored.shape[1::-1], "what becomes PNG is turned by Pillow"
+    _picture().save(path, "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\xff")
+    assert files.upright_size(path) == (24, 16), "a damaged tag turns nothing"
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int32", "float32"])
+def test_images_of_more_than_8_bits_are_refused(tmp_path: Path, dtype: str) -> None:
+    path = tmp_path / "picture.tif"
+    Image.fromarray(np.full((16, 24), 300, dtype)).save(path)
+    for read in (files.image_size, files.upright_size, files.image_bytes):
+        with pytest.raises(UserError, match=r"picture\.tif: its pixels are of mode [IF].*, of more than 8 bits; make"):
+            read(path)
+
+
 def test_boxes_are_clipped_and_small_ones_dropped() -> None:
     assert files.clip_box((-5, 2, 30, 12), 24, 16, 8) == (0, 2, 24, 12)
     assert files.clip_box((-5, 2, 7, 12), 24, 16, 8) is None

@@ -238,6 +238,16 @@ def test_without_opencv_videos_are_refused_in_one_line(
         val(tmp_path, "--video")
 
 
+def test_videos_are_not_read_in_a_shuffled_order(
+    official: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["build", "panoptic", str(official), "--split", "val", "--video", "--out", str(tmp_path / "set")]
+    assert main([*words, "--shuffle", "0"]) == 2
+    assert "--video with --shuffle: " in (said := capsys.readouterr().err) and "extract hdImgs first" in said
+    assert main(words) == 1
+    assert "hdVideos: not there" in capsys.readouterr().err
+
+
 def grey(frame: int) -> int:
     """Of every pixel of a frame of the test's videos; neighbours differ by 7."""
     return 20 + frame * 7 % 200

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image as PillowImage
 from scipy.spatial.transform import Rotation
 
 from launcher.errors import UsageError, UserError
 from shards.cli import main
 from shards.record import Head
 from shards.sources import SOURCES
-from shards.sources.fixtures import build_words
+from shards.sources.fixtures import build_words, faces
 from shards.sources.fixtures import table as fixture
 from shards.sources.table.rows import Row
 from shards.sources.table.source import Table
@@ -199,6 +200,27 @@ def test_a_built_set_verifies(tree: Path, tmp_path: Path, capsys: pytest.Capture
     assert main([*build_words("table", tree), "--out", str(out)]) == 0
     assert main(["verify", str(out)]) == 0
     assert "good" in capsys.readouterr().out
+
+
+def test_a_corrected_table_or_other_boxes_are_another_set(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(faces.encoded(faces.picture((120, 90), [], 0), "JPEG"))
+    table, out = tmp_path / "heads.jsonl", str(tmp_path / "set")
+    words = ["build", "table", str(table), "--convention", "none", "--out", out]
+    table.write_text('{"image": "a.jpg", "box": [10, 10, 40, 50]}')
+    assert main(words) == 0 and main(words) == 0
+    assert main([*words, "--box", "xywh"]) == 1
+    table.write_text('{"image": "a.jpg", "box": [10, 10, 40, 60]}')
+    assert main(words) == 1
+
+
+def test_boxes_on_images_that_viewers_turn_are_refused(tmp_path: Path) -> None:
+    exif = PillowImage.Exif()
+    exif[0x0112] = 8
+    PillowImage.new("RGB", (120, 90)).save(tmp_path / "a.jpg", exif=exif)
+    table = tmp_path / "heads.csv"
+    table.write_text("image,x0,y0,x1,y1\na.jpg,1,2,30,40\n")
+    with pytest.raises(UserError, match=r"a\.jpg: EXIF orientation 8"):
+        Table(table, tmp_path, convention="none")
 
 
 def test_options_reach_the_source(tree: Path) -> None:
