@@ -310,9 +310,14 @@ def check(config: RunConfig) -> None:
         ("evaluate.batch", evaluate.batch),
         ("evaluate.limit", evaluate.limit),
         ("evaluate.questions", evaluate.questions),
+        ("evaluate.max_new_tokens", evaluate.max_new_tokens),
     ):
         if value < 1:
             raise UsageError(f"{name} {value}: must be at least 1")
+    if shards.workers < 0:
+        raise UsageError(f"shards.workers {shards.workers}: must be 0 (the rank reads itself) or more")
+    if train.stop_after is not None and train.stop_after < 1:
+        raise UsageError(f"train.stop_after {train.stop_after}: must be at least 1; null for no stop")
     if not shards.train:
         raise UsageError("shards.train is empty: name at least one shard set")
     for entry in shards.train:
@@ -327,10 +332,12 @@ def check(config: RunConfig) -> None:
     auxiliary = train.auxiliary
     if auxiliary and auxiliary.tower_only and auxiliary.dense <= 0:
         raise UsageError(f"train.auxiliary.dense {auxiliary.dense}: tower_only trains on nothing else, so above 0")
+    if auxiliary and auxiliary.guided_heads < 1:
+        raise UsageError(f"train.auxiliary.guided_heads {auxiliary.guided_heads}: must be at least 1")
     if config.model.random_init and adapter:
         raise UsageError("model.random_init with an adapter: a random base is trained whole; leave `adapter` out")
     _check_watching(config)
-    _check_deepspeed(train)
+    _check_deepspeed(config)
 
 
 def _check_adapter(adapter: AdapterConfig) -> None:
@@ -354,18 +361,30 @@ def _check_watching(config: RunConfig) -> None:
         raise UsageError(f"train.timeout_s {train.timeout_s}: must be above 0")
     if train.evaluate_every < 0:
         raise UsageError(f"train.evaluate_every {train.evaluate_every}: must be 0 (never) or more")
+    if not all(entry.ask for entry in config.shards.val):
+        raise UsageError("shards.val: a set with an empty `ask`; name what is asked, as [pose, where]")
     if train.evaluate_every and not config.shards.val:
         raise UsageError(f"train.evaluate_every {train.evaluate_every}: name the sets to judge on in shards.val")
     if train.evaluate_every and train.zero_stage == 3 and config.evaluate.decode != "greedy":
         raise UsageError("evaluate.decode expectation with train.zero_stage 3: ranks would part; take greedy")
 
 
-def _check_deepspeed(train: TrainConfig) -> None:
+def _check_deepspeed(config: RunConfig) -> None:
+    train = config.train
     for key in train.deepspeed:
         if key in _OWN_DEEPSPEED_KEYS:
             raise UsageError(f"train.deepspeed.{key}: decided by {_OWN_DEEPSPEED_KEYS[key]}; set it there")
-    if "stage" in train.deepspeed.get("zero_optimization", {}):
+    zero = train.deepspeed.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise UsageError(f"train.deepspeed.zero_optimization {zero!r}: must be a section of keys")
+    if "stage" in zero:
         raise UsageError("train.deepspeed.zero_optimization.stage: decided by train.zero_stage; set it there")
+    on_disk = (zero.get("offload_param") or {}).get("device") == "nvme"
+    if on_disk and config.adapter is None:
+        raise UsageError(
+            "train.deepspeed.zero_optimization.offload_param.device nvme: a whole model in training cannot be gone on "
+            "with from there; take cpu, or train an adapter"
+        )
 
 
 def check_world(config: RunConfig, size: int) -> int:

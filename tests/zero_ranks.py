@@ -45,7 +45,8 @@ class Counted:
 
 @dataclass(frozen=True)
 class Case:
-    """One run: `way` is how ZeRO-3 gets its base, split as it is read or whole and split by the engine."""
+    """One run: `way` is how ZeRO-3 gets its base, split as it is read (`hpz`: with ZeRO++'s pieces of a machine
+    besides), or whole and split by the engine."""
 
     stage: int
     targets: tuple[str, ...]
@@ -69,7 +70,13 @@ class Case:
             model=ModelConfig(str(base), dtype=self.dtype),
             shards=ShardsConfig([SetConfig("unused")]),
             adapter=adapter,
-            train=TrainConfig(lr=LR, micro_batch=1, zero_stage=self.stage, clip=0.0),
+            train=TrainConfig(
+                lr=LR,
+                micro_batch=1,
+                zero_stage=self.stage,
+                clip=0.0,
+                deepspeed={"zero_optimization": {"zero_hpz_partition_size": 2}} if self.way == "hpz" else {},
+            ),
         )
 
 
@@ -83,7 +90,7 @@ def cases() -> list[Case]:
         out += [Case(stage, (group,), recompute=True) for group in EVERY]
         out += [Case(stage, EVERY), Case(stage, TEXT, "text", recompute=True), Case(stage, ())]
     out += [Case(stage, EVERY, dtype="bf16") for stage in (2, 3)]
-    return [*out, Case(3, EVERY, way="whole")]
+    return [*out, Case(3, EVERY, way="whole"), Case(3, EVERY, way="hpz")]
 
 
 def share(config: Any, rank: int) -> dict[str, torch.Tensor]:
@@ -100,7 +107,7 @@ def share(config: Any, rank: int) -> dict[str, torch.Tensor]:
 
 def make_model(case: Case, base: Path, counted: Counted) -> CogVLMForCausalLM:
     config, dtype = case.config(base), {"fp32": torch.float32, "bf16": torch.bfloat16}[case.dtype]
-    if case.stage == 3 and case.way == "split":
+    if case.stage == 3 and case.way != "whole":
         model = load_partitioned(counted, dtype, deepspeed_config(config, 1))
     else:
         model = load_base(base, dtype, own=not case.targets)

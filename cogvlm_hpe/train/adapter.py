@@ -67,7 +67,7 @@ def target_modules(model: nn.Module, targets: list[str]) -> list[str]:
 
 
 def add_lora(model: CogVLMForCausalLM, config: AdapterConfig, base: str) -> LoraConfig:
-    """Freeze the base and put fresh factors beside its linear layers, in place; they are float32 until the engine."""
+    """Freeze the base and put fresh factors beside its linear layers, in place, in its dtype."""
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,

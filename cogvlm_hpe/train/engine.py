@@ -19,9 +19,11 @@ from cogvlm_hpe.train.adapter import trainable
 from cogvlm_hpe.train.muon import Muon
 from cogvlm_hpe.train.partition import is_split, own_piece, rank_device
 from launcher.comm import Comm
-from launcher.errors import UserError
+from launcher.errors import UsageError, UserError
 
 T = TypeVar("T")
+SPLIT_BUCKET = 250_000_000
+"""Elements of stage 3's bucket of gradients, which are float32: as many bytes as DeepSpeed's default of 5e8 in bf16."""
 _ADAM_STATE = ("exp_avg", "exp_avg_sq")
 
 
@@ -49,10 +51,28 @@ def make_optimizer(parameters: dict[str, nn.Parameter], train: TrainConfig) -> t
     return torch.optim.AdamW(parameters.values(), lr=train.lr, betas=train.betas, weight_decay=train.weight_decay)
 
 
+def check_zero(config: RunConfig) -> None:
+    """Raises UsageError where train.deepspeed holds what DeepSpeed's ZeRO does not know."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**deepspeed_config(config, 1)["zero_optimization"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UsageError(f"train.deepspeed.zero_optimization.{key}: {first['msg']}") from None
+
+
 def deepspeed_config(config: RunConfig, accumulation: int) -> dict[str, Any]:
     """What DeepSpeed is told, by the engine and by a base that is split before there is one."""
-    train = config.train
+    train, bf16 = config.train, config.model.dtype == "bf16"
+    # Sums of many bf16 gradients lose the small ones. At stage 1 DeepSpeed would take another optimizer for it.
+    sums: dict[str, Any] = {"communication_data_type": "fp32"} if bf16 else {}
+    sums |= {"data_types": {"grad_accum_dtype": "fp32"}} if bf16 and train.zero_stage > 1 else {}
+    zero = {"reduce_bucket_size": SPLIT_BUCKET} if train.zero_stage == 3 else {}
     return {
+        **sums,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # with offload too it is torch's AdamW, whose state we know how to read
         "steps_per_print": 10**9,  # what is worth saying goes through our own monitor
@@ -60,8 +80,8 @@ def deepspeed_config(config: RunConfig, accumulation: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": train.clip,
-        "bf16": {"enabled": config.model.dtype == "bf16"},
-        "zero_optimization": {**train.deepspeed.get("zero_optimization", {}), "stage": train.zero_stage},
+        "bf16": {"enabled": bf16},
+        "zero_optimization": {**zero, **train.deepspeed.get("zero_optimization", {}), "stage": train.zero_stage},
     }
 
 
@@ -140,13 +160,22 @@ class Engine:
         return float("nan") if norm is None else float(norm)
 
     def weights(self) -> dict[str, Tensor]:
-        """All ranks. Trained parameters as whole float32 tensors on the CPU, by name."""
-        return {name: self._full(p, None) for name, p in self.parameters.items()}
+        """All ranks. Trained parameters as whole float32 tensors on the CPU, by name; rank 0 has them, others none."""
+        return self._gathered((name, p, None) for name, p in self.parameters.items())
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """All ranks. Adam's moments by `name/key`, and the count of its steps."""
-        out = {f"{n}/{key}": self._full(p, key) for n, p in self.parameters.items() for key in self._keys(p)}
-        out["adam_step"] = torch.tensor(float(self._adam_steps()[0]))
+        """All ranks. Adam's moments by `name/key`, and the count of its steps; rank 0 has them, others none."""
+        kept = ((f"{n}/{key}", p, key) for n, p in self.parameters.items() for key in self._keys(p))
+        steps = {"adam_step": torch.tensor(float(self._adam_steps()[0]))} if self.comm.rank == 0 else {}
+        return self._gathered(kept) | steps
+
+    def _gathered(self, wanted: Iterable[tuple[str, nn.Parameter, str | None]]) -> dict[str, Tensor]:
+        # Of a whole model this is twelve bytes a parameter: too much for every rank of a machine.
+        out = {}
+        for name, parameter, key in wanted:
+            value = self._full(parameter, key)
+            if self.comm.rank == 0:
+                out[name] = value.detach().to("cpu", torch.float32, copy=True).reshape(self._shape(parameter))
         return out
 
     def load(self, weights: dict[str, Tensor], state: dict[str, Tensor]) -> None:
@@ -165,12 +194,10 @@ class Engine:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         if self._is_plain(parameter):
-            value = parameter if key is None else self.engine.optimizer.state[parameter][key]
-        elif key is None:
-            value = safe_get_full_fp32_param(parameter)
-        else:
-            value = safe_get_full_optimizer_state(parameter, key)
-        return value.detach().float().cpu().clone().reshape(self._shape(parameter))
+            return parameter if key is None else self.engine.optimizer.state[parameter][key]
+        if key is None:
+            return safe_get_full_fp32_param(parameter)
+        return safe_get_full_optimizer_state(parameter, key)
 
     def _set(self, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
         from deepspeed.utils import (

@@ -101,27 +101,40 @@ class Judge:
         self.decoding = Decoding(self.config.max_new_tokens, self.config.questions, self.config.decode)
         self.in_step = comm if config.train.zero_stage == 3 else None
 
-    def __call__(self, beat: Callable[[], None]) -> Verdict:
-        """All ranks. Judge the first images of every set; `beat` is called after each batch."""
+    def __call__(self, go_on: Callable[[], bool]) -> Verdict | None:
+        """All ranks. Judge the first images of every set; None where `go_on`, asked after each batch, says no."""
         self.loaded.model.eval()
         try:
-            return Verdict([Judged(one, tasks, self._rows(one, tasks, beat) or []) for one, tasks in self.sets])
+            judged = []
+            for shard_set, tasks in self.sets:
+                parts = self._parts(shard_set, tasks, go_on)
+                if parts is None:
+                    return None
+                rows = collect(parts, self._n_batches(shard_set), self.comm)
+                judged.append(Judged(shard_set, tasks, rows or []))
+            return Verdict(judged)
         finally:
             self.loaded.model.train()
 
-    def _rows(self, shard_set: ShardSet, tasks: list[Task], beat: Callable[[], None]) -> list[Row] | None:
+    def _n_batches(self, shard_set: ShardSet) -> int:
+        return len(consecutive_batches(min(len(shard_set), self.config.limit), self.config.batch))
+
+    def _parts(
+        self, shard_set: ShardSet, tasks: list[Task], go_on: Callable[[], bool]
+    ) -> list[tuple[int, list[Row]]] | None:
+        """This rank's batches by number; None on all ranks where they are not to go on."""
         comm, batch, limit = self.comm, self.config.batch, self.config.limit
-        n_batches = len(consecutive_batches(min(len(shard_set), limit), batch))
         side = self.loaded.model.config.vision_config["image_size"]
         mine = read_all(shard_set, comm.rank, comm.size, batch, side, 0, limit)
         parts = []
-        for _ in range(ceil(n_batches / comm.size)):
+        for _ in range(ceil(self._n_batches(shard_set) / comm.size)):
             number, items = next(mine, (None, []))
             rows = self._batch(items, tasks)
             if number is not None:
                 parts.append((number, rows))
-            beat()
-        return collect(parts, n_batches, comm)
+            if not go_on():
+                return None
+        return parts
 
     def _batch(self, items: Sequence[Item], tasks: list[Task]) -> list[Row]:
         asked = [

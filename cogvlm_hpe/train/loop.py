@@ -68,7 +68,7 @@ def run_loop(run: Run, flag: StopFlag) -> int:
     step, stopping = run.first_step, False
     with run.watchdog, profiled(run.config) as profiler, Progress(run.comm).bar("train", last - run.first_step) as bar:
         if step == 0:
-            evaluate(run, step)
+            evaluate(run, step, flag)
         while step < last and not stopping:
             micro_batches = next_batches(run, batches, tally)
             n_global, stops = run.comm.sum(np.array([sum(b.n_answers for b in micro_batches), int(flag.raised)]))
@@ -82,7 +82,7 @@ def run_loop(run: Run, flag: StopFlag) -> int:
             if step % train.log_every == 0 or step == last:
                 bar.update(report(run, step, tally))
                 tally = Tally()
-            tally.start_s += evaluate_and_save(run, step, stopping, step == last)
+            tally.start_s += evaluate_and_save(run, step, flag, stopping, step == last)
         run.writer.wait()
         run.comm.barrier()
     flag.leave()
@@ -188,24 +188,35 @@ def report(run: Run, step: int, tally: Tally) -> str:
     return text
 
 
-def evaluate_and_save(run: Run, step: int, stopping: bool, at_end: bool) -> float:
+def evaluate_and_save(run: Run, step: int, flag: StopFlag, stopping: bool, at_end: bool) -> float:
     """All ranks. What is due after `step`; the seconds it took. Who must stop saves and no more."""
     start_s = time.monotonic()
     run.writer.look()
-    verdict = None if stopping else evaluate(run, step)
+    verdict = None if stopping else evaluate(run, step, flag)
     best = verdict is not None and run.comm.agree(is_best(run, verdict))
     if best or step % run.config.train.save_every == 0 or at_end or stopping:
         save(run, step, verdict)
     return time.monotonic() - start_s
 
 
-def evaluate(run: Run, step: int) -> Verdict | None:
-    """All ranks. Judge the model where its turn has come: before the first step, every so many, after the last."""
+def evaluate(run: Run, step: int, flag: StopFlag) -> Verdict | None:
+    """All ranks. Judge the model where its turn has come: before the first step, every so many, after the last.
+
+    A request to stop breaks it off: what has been learned is saved after the next step.
+    """
     every = run.config.train.evaluate_every
     if run.judge is None or not every or (step % every and step != run.config.train.max_steps):
         return None
     start_s = time.monotonic()
-    verdict = run.judge(run.watchdog.beat)
+
+    def go_on() -> bool:
+        run.watchdog.beat()
+        return not run.comm.agree(flag.raised)
+
+    verdict = run.judge(go_on)
+    if verdict is None:
+        run.monitor.say(f"asked to stop: the model of step {step} was not judged to the end")
+        return None
     if run.comm.rank == 0:
         scores, name = verdict.scores, "grounding_accuracy"
         before = run.monitor.first(f"evaluate/{name}")

@@ -17,20 +17,28 @@ from cogvlm_hpe.model.weights import Weights
 def load_partitioned(weights: Weights, dtype: torch.dtype, deepspeed_config: dict[str, Any]) -> CogVLMForCausalLM:
     """All ranks. The base split over the ranks, in evaluation mode; a rank reads its pieces and nothing else.
 
-    `deepspeed_config` is the one the engine will get. Memory beside the pieces: one whole tensor at a time.
+    Only where DeepSpeed makes more of a tensor than pieces, as it splits it, a rank reads all of it. `deepspeed_config`
+    is the one the engine will get. Memory beside the pieces: one whole tensor at a time.
     Raises UserError where the folder does not hold exactly the model's tensors.
     """
     model = empty_model(weights.config, dtype)
     check_tensors(weights, model)
-    split = _Splitter(dtype, deepspeed_config)
+    split, whole = _Splitter(dtype, deepspeed_config), _needs_whole(deepspeed_config["zero_optimization"])
     for name, like in list(model.named_parameters()):
-        parameter = nn.Parameter(torch.empty(like.shape, dtype=dtype, device=rank_device()))
+        values = torch.empty(like.shape, dtype=dtype, device=rank_device())
+        parameter = nn.Parameter(values.copy_(weights.read(name)) if whole else values)
         split(parameter)
-        start, stop = piece(parameter)
-        set_piece(parameter, weights.flat(name, start, stop))
+        if not whole:
+            set_piece(parameter, weights.flat(name, *piece(parameter)))
         owner, _, own_name = name.rpartition(".")
         setattr(model.get_submodule(owner), own_name, parameter)
     return model
+
+
+def _needs_whole(zero: dict[str, Any]) -> bool:
+    """Whether a copy is made at once: the larger piece that hpZ keeps on each machine, or one on a disk."""
+    on_disk = (zero.get("offload_param") or {}).get("device") == "nvme"
+    return on_disk or zero.get("zero_hpz_partition_size", 1) > 1
 
 
 def rank_device() -> torch.device:

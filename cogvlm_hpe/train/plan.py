@@ -27,9 +27,11 @@ from cogvlm_hpe.model.experts import DecoderLayer
 from cogvlm_hpe.model.layout import IGNORE
 from cogvlm_hpe.model.modeling import CogVLMForCausalLM
 from cogvlm_hpe.model.vision import VisionLayer
+from cogvlm_hpe.train.engine import SPLIT_BUCKET
 from cogvlm_hpe.train.muon import is_matrix
 
 _RESERVED = 3e9  # CUDA context, libraries and fragmentation: an assumption
+_QUESTION_TOKENS = 64  # more than any of the packaged prompts has
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,10 @@ class Trace:
     """Of one layer: what recomputing it needs."""
     layer_inputs: int
     """What recomputing starts from."""
+    prefix_tokens: int
+    """What an image is to the language model."""
+    kept_of_token: int
+    """Bytes of a token's keys and values in all layers, while answers are decoded."""
     forward_flops: int
     backward_flops: int
     recomputed_flops: int
@@ -106,7 +112,7 @@ def trace(config: RunConfig, model_config: CogVLMConfig, questions: int, tokens:
                 stack_shapes(model, config.adapter.stack)
     model.to(dtype)
     saved, flops, calls = _Saved(model), _Flops(model), _Calls(model)
-    with _flash(), flops.counter:
+    with _flash(), _linear(config.train.zero_stage), flops.counter:
         with saved.hooks():
             loss = model(**_batch(config.train.micro_batch, questions, tokens, model_config, dtype)).loss
         flops.mark_forward()
@@ -125,6 +131,8 @@ def trace(config: RunConfig, model_config: CogVLMConfig, questions: int, tokens:
         saved_elsewhere=saved.bytes[None],
         largest_saved=max((n for name, n in saved.bytes.items() if name is not None), default=0),
         layer_inputs=saved.layer_inputs,
+        prefix_tokens=model_config.image_tokens + 3,
+        kept_of_token=2 * model_config.num_hidden_layers * model_config.hidden_size * dtype.itemsize,
         forward_flops=flops.forward,
         backward_flops=flops.counter.get_total_flops() - flops.forward,
         recomputed_flops=flops.in_layers,
@@ -140,24 +148,37 @@ def plan(config: RunConfig, traced: Trace, gpus: int) -> Plan:
     if "gradients" in offloaded:  # the optimizer's own float32 ones, and below stage 3 those of micro-batches before
         adds_up = train.zero_stage < 3 and config.shards.batch > gpus * train.micro_batch
         offloaded["gradients"] += (4 + adds_up * traced.element_bytes) * traced.trained / gpus
-    memory |= {"activations": float(kept + traced.saved_elsewhere), "reserved": _RESERVED}
+    activations = float(kept + traced.saved_elsewhere)
+    judging = max(0.0, _judging(config, traced) - activations)
+    memory |= {"activations": activations, "judging beyond those": judging, "reserved": _RESERVED}
     micro_batches = ceil(config.shards.batch / train.micro_batch)
     useful = micro_batches * (traced.forward_flops + traced.backward_flops)
     extra = micro_batches * traced.recomputed_flops if recompute else 0
     return Plan(gpus, memory, offloaded, float(useful + extra), float(useful))
 
 
+def _judging(config: RunConfig, traced: Trace) -> float:
+    """Bytes that answering holds: of each image's prefix the keys and values twice, once with room for the answers."""
+    judged = config.evaluate
+    if not config.train.evaluate_every:
+        return 0.0
+    questions = judged.questions * (_QUESTION_TOKENS + judged.max_new_tokens)
+    return float(traced.kept_of_token * (2 * judged.batch * traced.prefix_tokens + questions))
+
+
 def _state(train: TrainConfig, traced: Trace, gpus: int) -> dict[str, float]:
     """Bytes that a rank holds from step to step, and what DeepSpeed adds for moving them, by part."""
     stage, zero, each = train.zero_stage, train.deepspeed.get("zero_optimization", {}), traced.element_bytes
+    of_sum = 4 if stage >= 2 else each  # float32 sums of gradients; at stage 1 DeepSpeed takes another optimizer for it
     optimizer = 4 * (traced.moments + (traced.trained if stage else 0))  # stage 0 trains the float32 weights themselves
     buckets = (2 if zero.get("overlap_comm") and stage < 3 else 1) if zero.get("contiguous_gradients", True) else 0
     split = stage == 3 and gpus > 1
+    bucket = (4 if stage == 3 else each) * int(zero.get("reduce_bucket_size", SPLIT_BUCKET if stage == 3 else 5e8))
     return {
         "weights": float(each * sum(ceil(size / gpus) for size in traced.sizes)) if split else float(traced.weights),
         **(_gathered(train, traced) if split else {"kept whole": 0.0, "gathered layers": 0.0}),
-        "gradients": each * traced.trained / (gpus if stage >= 2 else 1),
-        "gradient buckets": float(each * buckets * int(zero.get("reduce_bucket_size", 5e8))) if stage else 0.0,
+        "gradients": of_sum * traced.trained / (gpus if stage >= 2 else 1),
+        "gradient buckets": float(buckets * bucket) if stage else 0.0,
         "optimizer": optimizer / (gpus if stage >= 1 else 1),
     }
 
@@ -334,6 +355,37 @@ def _flash() -> Iterator[None]:
         yield
     finally:
         F.scaled_dot_product_attention = plain
+
+
+class _Zero3Linear(torch.autograd.Function):
+    """As DeepSpeed has a linear layer under ZeRO-3: it keeps its input also where the weight does not train."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x (…, n_in), weight (n_out, n_in)."""
+        ctx.save_for_backward(x, weight, bias)
+        out = x.flatten(0, -2) @ weight.t()
+        return (out if bias is None else out + bias).unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, weight and bias, where they are wanted."""
+        x, weight, bias = ctx.saved_tensors
+        grad = grads[0].flatten(0, -2)
+        of_x = (grad @ weight).view_as(x) if ctx.needs_input_grad[0] else None
+        of_weight = grad.t() @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
+        return of_x, of_weight, grad.sum(0) if bias is not None and ctx.needs_input_grad[2] else None
+
+
+@contextmanager
+def _linear(stage: int) -> Iterator[None]:
+    plain = F.linear
+    if stage == 3:
+        F.linear = _Zero3Linear.apply
+    try:
+        yield
+    finally:
+        F.linear = plain
 
 
 @contextmanager

@@ -48,6 +48,7 @@ def test_packaged_configs_are_valid(path: Path) -> None:
         (["--train.zero_stage", "4"], "zero_stage"),
         (["--model.answer_format", "words"], "answer_format"),
         (["--train.micro_batch", "0"], "train.micro_batch 0"),
+        (["--train.stop_after", "0"], "train.stop_after 0: must be at least 1; null"),
         (["--shards.train", "[]"], "shards.train is empty"),
         (["--adapter.targets", "[vision.mlp]"], "use scope all"),
         (["--adapter.rank", "0"], "adapter.rank 0"),
@@ -60,6 +61,11 @@ def test_packaged_configs_are_valid(path: Path) -> None:
         (["--evaluate.best", "luck"], "best"),
         (["--train.deepspeed", '{"gradient_clipping": 2}'], "decided by train.clip"),
         (["--train.deepspeed", '{"zero_optimization": {"stage": 1}}'], "decided by train.zero_stage"),
+        (["--train.deepspeed", '{"zero_optimization": 3}'], "must be a section"),
+        (["--shards.workers", "-1"], "shards.workers -1"),
+        (["--evaluate.max_new_tokens", "0"], "evaluate.max_new_tokens 0"),
+        (["--train.auxiliary", '{"guidance": 1, "guided_heads": 0}'], "guided_heads 0"),
+        (["--shards.val", '[{"path": "x", "ask": []}]'], "empty `ask`"),
     ],
 )
 def test_mistakes_on_the_command_line(written, more: list[str], names: str) -> None:

@@ -87,9 +87,9 @@ def test_every_group_trains_under_every_stage(seen: list[dict], stage: int, case
 
 
 def test_a_base_split_as_it_is_read_is_the_base_split_afterwards(seen: list[dict]) -> None:
-    split, whole = (seen[0][Case(3, EVERY, way=way).name] for way in ("split", "whole"))
-    assert split["losses"] == whole["losses"]
-    assert split["trained"] == whole["trained"]
+    split, whole, hpz = (seen[0][Case(3, EVERY, way=way).name] for way in ("split", "whole", "hpz"))
+    assert split["losses"] == whole["losses"] == hpz["losses"]
+    assert split["trained"] == whole["trained"] == hpz["trained"]
 
 
 def test_bf16_is_the_same_at_stages_2_and_3(seen: list[dict]) -> None:

@@ -23,6 +23,7 @@ from cogvlm_hpe.config import AdapterConfig, ModelConfig, RunConfig, SetConfig, 
 from cogvlm_hpe.model.configuration import CogVLMConfig
 from cogvlm_hpe.model.modeling import CogVLMForCausalLM
 from cogvlm_hpe.train import checkpoint
+from cogvlm_hpe.train import plan as planning
 from cogvlm_hpe.train.adapter import add_lora, trainable
 from cogvlm_hpe.train.plan import Trace, _batch, plan, trace
 from cogvlm_hpe.train.plan_command import find_config
@@ -117,6 +118,28 @@ def test_what_each_zero_stage_divides() -> None:
         assert plans[3][part] > 0 == plans[2][part]
 
 
+def test_zero_3_keeps_what_deepspeeds_own_linear_layer_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    config = run_config(scope="text")
+    plain = trace(config, small_config(), questions=3, tokens=40)
+    config.train.zero_stage = 3
+    ours = trace(config, small_config(), questions=3, tokens=40)
+    monkeypatch.setattr(planning._Zero3Linear, "apply", zero3_linear_wrap)
+    assert trace(config, small_config(), questions=3, tokens=40) == ours
+    assert ours.saved_in_layers > 1.1 * plain.saved_in_layers and ours.forward_flops == plain.forward_flops
+
+
+def test_judging_takes_an_images_keys_and_values_twice() -> None:
+    config, model_config = run_config(recompute=True, scope="text"), small_config()
+    traced = trace(config, model_config, questions=1, tokens=8)
+    without = plan(config, traced, gpus=1)
+    config.train.evaluate_every, config.evaluate.batch, config.evaluate.questions = 10, 16, 1
+    judging = plan(config, traced, gpus=1).total - without.total + without.memory["activations"]
+    prefix = 16 * 3 * 2 * 67 * 128 * 4  # images, layers, keys and values, tokens, width, bytes
+    assert 2 * prefix < judging < 2.2 * prefix
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, an adapter to stand on, and what ranks have counted in real engines: RANKS-RANK.json."""
@@ -141,7 +164,7 @@ def traces() -> dict[tuple, Trace]:
 
 
 def traced_once(case: Case, folder: Path, traces: dict[tuple, Trace]) -> Trace:
-    key = (case.dtype, case.whole, case.stack, case.optimizer, case.scope)
+    key = (case.dtype, case.whole, case.stack, case.optimizer, case.scope, case.stage == 3)
     if key not in traces:
         traces[key] = trace(case.config(folder), small_config(), QUESTIONS, TOKENS)
     return traces[key]

@@ -115,6 +115,20 @@ def test_resume_is_bitwise_equal(
     assert adapter_of(place, run).read_bytes() == adapter_of(place, undisturbed).read_bytes()
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_masters_of_a_bf16_run_are_gone_on_with_to_the_last_bit(place: Path, stage: int) -> None:
+    """Masters hold more digits than the weights that work: resumed from those alone, other bytes come out."""
+    how = ("--model.dtype", "bf16", "--train.zero_stage", str(stage), "--train.lr", "0.001")
+    must_train(place, f"bf16-whole-{stage}", *how)
+    must_train(place, f"bf16-halves-{stage}", *how, "--train.stop_after", "2", code=85)
+    must_train(place, f"bf16-halves-{stage}", *how, "--resume")
+    for name in ("adapter_model.safetensors", "optimizer.safetensors"):
+        one, other = (place / f"bf16-{run}-{stage}" / "last" / name for run in ("whole", "halves"))
+        assert one.read_bytes() == other.read_bytes()
+    saved = load_file(adapter_of(place, f"bf16-whole-{stage}"))
+    assert any(not tensor.equal(tensor.bfloat16().float()) for tensor in saved.values())
+
+
 def test_resume_on_other_world_size_keeps_global_batches(place: Path, whole_run: str, half_run: str) -> None:
     """And on another ZeRO stage and micro-batch."""
     shutil.copytree(place / half_run, place / "other", symlinks=True)
@@ -133,7 +147,11 @@ def test_a_whole_model_goes_on_split_over_ranks(place: Path) -> None:
 def test_a_stage_takes_over_an_adapter_or_stands_on_it(place: Path, whole_run: str) -> None:
     """`init` and `stack` begin with the same model; what is stacked holds both, and goes on split over ranks."""
     before = str(place / whole_run / "last")
-    must_train(place, "taken", "--adapter.init", before, "--train.stop_after", "1", code=85)
+    init = place / "init"
+    shutil.copytree(before, init)
+    must_train(place, "taken", "--adapter.init", str(init), "--train.stop_after", "1", code=85)
+    shutil.rmtree(init)
+    must_train(place, "taken", "--adapter.init", str(init), "--resume")  # which has no more use for it
     stack = ("--adapter.stack", before, "--adapter.rank", "2", "--adapter.targets", "[language.attention]")
     must_train(place, "stacked", *stack)
     must_train(place, "stacked-half", *stack, "--train.stop_after", "2", code=85)
@@ -187,6 +205,7 @@ def test_mistakes_are_one_line(place: Path, whole_run: str) -> None:
         (("--shards.train", '[{"path": "/no/such/set"}]'), "/no/such/set", 1),
         (("--model.base", "/no/such/base"), "/no/such/base", 1),
         (("--shards.batch", "9"), "micro_batch", 2),
+        (("--train.deepspeed", '{"zero_optimization": {"overlap_com": true}}'), "overlap_com", 2),
         (("--adapter.init", str(place / whole_run / "last"), "--adapter.rank", "2"), "adapter.stack", 2),
     ):
         found, said = train(place, "wrong", *words)

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,8 @@ from cogvlm_hpe.model.tokenizer import load_tokenizer
 from cogvlm_hpe.model.weights import read_config
 from cogvlm_hpe.train import checkpoint
 from cogvlm_hpe.train.command import parse
-from cogvlm_hpe.train.loop import Tally, next_batches, run_loop, train_step
+from cogvlm_hpe.train.evaluation import Verdict
+from cogvlm_hpe.train.loop import Run, Tally, next_batches, run_loop, train_step
 from cogvlm_hpe.train.setup import make_asker, make_stream, setup
 from launcher.comm import from_torch, single
 from launcher.errors import UserError
@@ -107,6 +109,43 @@ def test_a_run_is_judged_alike_on_any_ranks_and_stage(place: Path) -> None:
     tags = events.Tags()
     assert {"evaluate/by_yaw", "evaluate/worst"} <= set(tags["images"])
     assert {"evaluate/geodesic_deg", "adapter/norm_language.attention", "train/tokens_per_s"} <= set(tags["scalars"])
+
+
+def stopped_while_judging(out: Path, words: list[str]) -> None:
+    """All ranks. A request to stop reaches one of them in the middle of the first judgement."""
+    world = discover()
+    comm, flag = from_torch(world), StopFlag()
+    run = setup(parse(words)[0], world, comm, resume=False, allow_change=False)
+    judge, asked = run.judge, []
+    assert judge is not None
+
+    def disturbed(go_on: Callable[[], bool]) -> Verdict | None:
+        def heard() -> bool:
+            asked.append(1)
+            flag.raised = comm.rank == 1
+            return go_on()
+
+        return judge(heard)
+
+    run.judge = disturbed  # type: ignore[assignment]
+    seen = {"code": run_loop(run, flag), "batches": len(asked), "step": checkpoint.read(newest_of(run)).step}
+    out.with_suffix(f".{world.rank}").write_text(json.dumps(seen))
+
+
+def newest_of(run: Run) -> Path:
+    folder = checkpoint.newest(Path(run.config.run_dir))
+    assert folder is not None
+    return folder
+
+
+def test_a_request_to_stop_breaks_off_a_judgement_on_all_ranks(place: Path) -> None:
+    words = words_of(place, "hasty", "--train.evaluate_every", "3", "--evaluate.batch", "1")
+    done = Ranks(2, stopped_while_judging, place / "hasty-seen", words, said=place / "hasty.txt")
+    assert done.wait() == 0, done.said
+    seen = [json.loads((place / f"hasty-seen.{rank}").read_text()) for rank in (0, 1)]
+    assert seen == [{"code": 85, "batches": 1, "step": 1}] * 2
+    assert "was not judged to the end" in (place / "hasty" / "log.txt").read_text()
+    assert not scores(place, "hasty")
 
 
 @pytest.fixture(scope="module")
