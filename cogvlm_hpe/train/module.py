@@ -11,6 +11,7 @@ from cogvlm_hpe.model.modeling import CogVLMForCausalLM
 from cogvlm_hpe.model.pixels import normalise
 from cogvlm_hpe.train.auxiliary import DenseHeads, dense_targets, guidance_loss
 from cogvlm_hpe.train.batch import Batch
+from launcher.errors import UsageError
 
 MODEL_PREFIX = "cogvlm."
 
@@ -19,10 +20,14 @@ class TrainedModule(nn.Module):
     """Engines hook `forward`, so everything that needs gradients goes through it."""
 
     def __init__(self, cogvlm: CogVLMForCausalLM, auxiliary: AuxiliaryConfig | None) -> None:
+        """Raises UsageError where a decoder layer is to be guided that the model does not have."""
         super().__init__()
         self.cogvlm = cogvlm
         self.auxiliary = auxiliary
         config = cogvlm.config
+        guided, layers = (auxiliary.guided_layer if auxiliary else 0), config.num_hidden_layers
+        if not (auxiliary and auxiliary.tower_only) and guided not in range(layers):
+            raise UsageError(f"train.auxiliary.guided_layer {guided}: the model's decoder layers are 0 to {layers - 1}")
         sees = auxiliary is not None and auxiliary.dense > 0
         self.dense = DenseHeads(config.vision_config["hidden_size"], config.hidden_size) if sees else None
 

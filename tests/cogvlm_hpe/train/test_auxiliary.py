@@ -2,9 +2,14 @@
 
 import pytest
 import torch
+from tiny_model import small_config
 
+from cogvlm_hpe.config import AuxiliaryConfig
 from cogvlm_hpe.dialogue import SECTORS, TILTS, facing, format_box
+from cogvlm_hpe.model.modeling import CogVLMForCausalLM
 from cogvlm_hpe.train.auxiliary import KINDS, DenseHeads, dense_targets, guidance_loss
+from cogvlm_hpe.train.module import TrainedModule
+from launcher.errors import UsageError
 from shards.pose import rotation_from_pose
 from shards.record import Head, Image, Object, Record
 
@@ -53,6 +58,14 @@ def test_guidance_falls_as_attention_moves_into_the_box() -> None:
     assert guidance_loss(scores, labels, boxes, side=8) < 0.5 * even
     scores[..., 2 + 63] = 9.0
     assert guidance_loss(scores, labels, boxes, side=8) > even
+
+
+def test_a_layer_that_the_model_lacks_cannot_be_guided() -> None:
+    with torch.device("meta"):
+        model = CogVLMForCausalLM(small_config())
+    with pytest.raises(UsageError, match="guided_layer 7: the model's decoder layers are 0 to 1"):
+        TrainedModule(model, AuxiliaryConfig(guided_layer=7))
+    TrainedModule(model, AuxiliaryConfig(dense=1.0, guided_layer=7, tower_only=True))
 
 
 def test_dense_targets_spell_the_box_and_the_direction_as_the_answers_do() -> None:
