@@ -51,13 +51,19 @@ def fetch_in_order(
     try:
         for n, sent in zip(numbers(), loader, strict=True):
             yield n, sent.fetched(buffers)
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, EOFError, ConnectionError) as error:
+        if not _tells_of_a_death(error):
             raise
-        first_line = str(error).splitlines()[0]
+        first_line = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
             f"a reader process died ({first_line}); give it more memory or /dev/shm, or fewer workers"
         ) from None
+
+
+def _tells_of_a_death(error: Exception) -> bool:
+    """Torch says it, or a batch of the dead process broke off on its way here before torch has noticed."""
+    said = str(error)
+    return "DataLoader worker (pid" in said if isinstance(error, RuntimeError) else "in DataLoader worker" not in said
 
 
 def _loader(dataset: "_Fetching", numbers: Callable[[], Iterable[int]], workers: int) -> Any:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from launcher.errors import UserError
+from shards import fetch as fetching
 from shards.fetch import Fetched, Room, _Buffers, _Lent, _Ring, _Sent, fetch_in_order
 from shards.plan import Slot
 from shards.stream import Item, gathered
@@ -110,6 +111,35 @@ def test_a_reader_that_dies_is_said_in_one_line() -> None:
         for _ in fetch_in_order(dies, itertools.count, 1):
             pass
     assert "\n" not in str(caught.value)
+
+
+class Broken:
+    """A loader whose process is dead, of which torch does not know yet."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __iter__(self) -> Iterator[object]:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "seen"),
+    [
+        (EOFError(), UserError),
+        (ConnectionResetError(104, "Connection reset by peer"), UserError),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), UserError),
+        (RuntimeError("Caught RuntimeError in DataLoader worker process 0."), RuntimeError),
+        (ConnectionError("Caught ConnectionError in DataLoader worker process 0."), ConnectionError),
+    ],
+)
+def test_a_death_is_told_from_an_error_in_a_reader(
+    error: Exception, seen: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "_loader", lambda *_: Broken(error))
+    with pytest.raises(seen) as caught:
+        list(fetch_in_order(dies, itertools.count, 1))
+    assert (seen is UserError) == ("a reader process died" in str(caught.value))
 
 
 def dies(n: int, room: Room) -> Fetched:
