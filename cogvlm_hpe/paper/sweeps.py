@@ -29,7 +29,6 @@ VARIATIONS = {
     "signed": Variation(("--model.answer_format", "signed")),
     "fewer-scenes": Variation(set_name="a-fewer"),
     "twice-as-long": Variation(longer=2),
-    "rank-64": Variation(("--adapter.rank", 64, "--adapter.alpha", 128)),
     "rehearsal-0": Variation(rehearsal=0.0),
     "rehearsal-50": Variation(rehearsal=0.5),
 }
