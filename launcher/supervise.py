@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _GRACE_S = 5.0
 _SAVE_S = 30.0
+_STARTING_S = 60.0  # in which all ranks have come to listen
+_AGAIN_S = 1.0
 _LOOP = 2  # starts in a row that crash without a new checkpoint
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -80,7 +82,7 @@ class Supervisor:
         self._ranks = _Ranks(command)
         if self.asked:  # since the line above
             self._pass_on()
-        code = self._ranks.wait()
+        code = self._wait(self._ranks)
         left_over = self._ranks.end_all()
         self._ranks = None
         if code == 0 and left_over:
@@ -91,6 +93,15 @@ class Supervisor:
             return code
         _say(f"the ranks ended with {describe(code)}; see the messages above and the run's log")
         return EXIT_FAILURE
+
+    def _wait(self, ranks: "_Ranks") -> int:
+        """The launcher's exit code. A request is said again while ranks may still be starting, which do not listen."""
+        started_s = time.monotonic()
+        while (code := ranks.wait(_AGAIN_S)) is None:
+            starting = ranks.ignore_usr1 and time.monotonic() < started_s + _STARTING_S
+            if starting and self._graceful and len(self._requests) == 1:
+                self._pass_on()
+        return code
 
     def run_again(self, start: Callable[[bool], Command], progress: "Callable[[], Progress]", bound: int) -> int:
         """Run start(False), and as long as crashes are bad luck start(True), which resumes; the last one's exit code.
@@ -164,6 +175,7 @@ class _Ranks:
             if command.ignores_usr1:
                 signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
+        self.ignore_usr1 = command.ignores_usr1  # until they listen
         # Orphans become our children, so that dead ones can be reaped and told from living ones.
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         self._launcher = subprocess.Popen(
@@ -175,8 +187,11 @@ class _Ranks:
         )
         self._guard = _guard(self._launcher.pid)
 
-    def wait(self) -> int:
-        return self._launcher.wait()
+    def wait(self, timeout_s: float) -> int | None:
+        """The exit code; None where it has not ended by then."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._launcher.wait(timeout_s)
+        return None
 
     def end_all(self) -> bool:
         """End what is left of the group; whether there was something that did not leave by itself."""

@@ -6,7 +6,9 @@ import of torch each. A worker decodes its batches into a few buffers in turn, w
 shared pages would cost a third of what decoding does. It holds _PREFETCH + 1 batches in memory, never more.
 """
 
+import signal
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
@@ -49,7 +51,9 @@ def fetch_in_order(
         return
     loader, buffers = _loader(_Fetching(fetch), numbers, workers), _Buffers(room)
     try:
-        for n, sent in zip(numbers(), loader, strict=True):
+        with _signals_held():
+            batches = iter(loader)
+        for n, sent in zip(numbers(), batches, strict=True):
             yield n, sent.fetched(buffers)
     except (RuntimeError, EOFError, ConnectionError) as error:
         if not _tells_of_a_death(error):
@@ -58,6 +62,20 @@ def fetch_in_order(
         raise UserError(
             f"a reader process died ({first_line}); give it more memory or /dev/shm, or fewer workers"
         ) from None
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Requests to stop wait; processes started meanwhile never hear any: their rank still needs what they read."""
+    from multiprocessing import resource_tracker
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    try:
+        resource_tracker.ensure_running()  # which lets SIGINT through again, so that this comes after it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _tells_of_a_death(error: Exception) -> bool:

@@ -200,6 +200,19 @@ def test_deepspeed_stops_on_request_with_85(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_deepspeed_stops_on_a_request_before_its_ranks_listen(tmp_path: Path) -> None:
+    run = start(deepspeed(tmp_path, "work"))
+    started_s = time.monotonic()
+    while not psutil.Process(run.pid).children():
+        assert time.monotonic() < started_s + 30
+        time.sleep(0.05)
+    run.send_signal(signal.SIGTERM)
+    assert not list(tmp_path.iterdir()), "no rank is there yet"
+    assert run.wait(timeout=90) == 85
+    assert (tmp_path / "0.saved").exists() and (tmp_path / "1.saved").exists()
+
+
+@pytest.mark.slow
 def test_deepspeed_with_a_killed_rank_is_started_again_and_leaves_nobody(tmp_path: Path) -> None:
     run = start(deepspeed(tmp_path, "twice"), restarts=1)
     wait_for(tmp_path, {"0.pid", "1.pid"})

@@ -1,7 +1,9 @@
 """Batches through worker processes: what arrives is what was fetched, of any size, and stays so while it is held."""
 
 import itertools
+import os
 import pickle
+import signal
 import time
 from collections.abc import Iterator
 
@@ -113,6 +115,21 @@ def test_a_reader_that_dies_is_said_in_one_line() -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
+def test_readers_do_not_hear_requests_to_stop() -> None:
+    """Which a launcher sends to all processes of a run, while the rank wants its last batch."""
+    found = fetch_in_order(deaf, lambda: iter(range(4)), 1)
+    assert [n for n, fetched in found if not check(n, fetched.items)] == [0, 1, 2, 3]
+
+
+def deaf(n: int, room: Room) -> Fetched:
+    """A request reaches the reader before the second batch."""
+    if n == 1:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGINT)
+    return fetch(n, room)
+
+
 class Broken:
     """A loader whose process is dead, of which torch does not know yet."""
 
@@ -144,9 +161,6 @@ def test_a_death_is_told_from_an_error_in_a_reader(
 
 def dies(n: int, room: Room) -> Fetched:
     """The third batch kills its process, as running out of memory does."""
-    import os
-    import signal
-
     if n == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     return fetch(n, room)
