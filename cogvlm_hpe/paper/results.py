@@ -63,8 +63,9 @@ def _ran(sizes: Sizes, seeds: Sequence[int]) -> str:
         f"scenes each of A, B and C, {sizes.val_scenes} validation scenes of A; {sizes.cnn_steps} steps for the crop "
         f"network, {sizes.weak_steps} on weak and {sizes.max_steps} on true labels for LoRA, {sizes.continued_steps} "
         f"of continued training. The base was made from {sizes.a_base_scenes} other scenes of A and "
-        f"{sizes.b_base_scenes} of B, which the control `cnn-more-heads` is taught as well. All people of the test sets are unseen; B has other backgrounds, light and lens, C "
-        "shows dolls. The base is the packaged tiny one. Every number here is this project's own; none is the paper's."
+        f"{sizes.b_base_scenes} of B, which the control `cnn-more-heads` is taught as well. All people of the test "
+        "sets are unseen; B has other backgrounds, light and lens, C shows dolls. Every number here is this project's "
+        "own; none is the paper's."
     )
 
 
