@@ -10,7 +10,7 @@ from cogvlm_hpe.paper import sweeps
 from launcher.errors import EXIT_STOPPED
 
 HELP = "the paper's comparison at laptop size: every system a row, several seeds, sweeps"
-EPILOG = """Takes hours: 43 minutes a seed on two cores, by estimate as long for the sweeps. It can be stopped at any
+EPILOG = """Takes hours: about 50 minutes a seed on two cores, and an hour for the sweeps. It can be stopped at any
 moment; the same command goes on. More seeds may be asked for later. Each stage is a command of this project, and is
 shown as it starts.
 
