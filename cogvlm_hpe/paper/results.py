@@ -102,7 +102,7 @@ _CARE = {
     "suffer most from this.",
     "taught directions": "The base's vision tower was taught the rotation of each head beside all else that stands in "
     "the image, on scenes of A and of B with people of their own; CogVLM's was not. The crop network has seen A alone, "
-    "so (a) compares what the two were given as much as what they are. Its control was given the same heads: where that "
+    "so (a) compares what the two were given as much as what they are. Its control was given the same heads: where it "
     "errs less, what the base had seen may be all of the lead.",
     "dolls": "C is reported and claims nothing: no system has seen dolls.",
     "weak labels": "The language model has seen W, whose poses the crop network has said; the crop network has only A.",
