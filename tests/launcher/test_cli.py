@@ -47,17 +47,22 @@ def test_evaluate_and_shards_go_through_mpirun() -> None:
     )
 
 
-def test_inside_slurm_everything_goes_through_srun(tmp_path: Path) -> None:
+def job_of(tmp_path: Path, nodes: int, tasks: int, cpus: int) -> dict[str, str]:
+    """What Slurm tells a job of so many nodes and tasks, with so many CPUs each; srun is there."""
     (tmp_path / "srun").write_text("#!/bin/sh\n")
     (tmp_path / "srun").chmod(0o755)
-    allocation = {
+    return {
         "SLURM_JOB_ID": "77",
-        "SLURM_JOB_NUM_NODES": "2",
-        "SLURM_NTASKS": "16",
-        "SLURM_CPUS_PER_TASK": "6",
+        "SLURM_JOB_NUM_NODES": str(nodes),
+        "SLURM_NTASKS": str(tasks),
+        "SLURM_CPUS_PER_TASK": str(cpus),
         "SLURM_JOB_NODELIST": "localhost",
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
     }
+
+
+def test_inside_slurm_everything_goes_through_srun(tmp_path: Path) -> None:
+    allocation = job_of(tmp_path, nodes=2, tasks=16, cpus=6)
     trained = launch("train", "x.yaml", "--dry-run", **allocation)
     assert "srun --nodes 2 --ntasks 16 --mpi=none --kill-on-bad-exit=1 --cpus-per-task=6 " in trained.stdout
     assert "MASTER_ADDR=localhost" in trained.stdout and "OMP_NUM_THREADS=6" in trained.stdout
@@ -70,18 +75,8 @@ def test_inside_slurm_everything_goes_through_srun(tmp_path: Path) -> None:
 
 
 def test_more_ranks_than_a_job_has_cpus_start_without_srun_or_not_at_all(tmp_path: Path) -> None:
-    (tmp_path / "srun").write_text("#!/bin/sh\n")
-    (tmp_path / "srun").chmod(0o755)
-    job = {
-        "SLURM_JOB_ID": "77",
-        "SLURM_JOB_NUM_NODES": "1",
-        "SLURM_NTASKS": "1",
-        "SLURM_CPUS_PER_TASK": "8",
-        "SLURM_JOB_CPUS_PER_NODE": "8",
-        "SLURM_JOB_NODELIST": "localhost",
-        "SLURMD_NODENAME": "localhost",
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-    }
+    job = job_of(tmp_path, nodes=1, tasks=1, cpus=8)
+    job |= {"SLURM_JOB_CPUS_PER_NODE": "8", "SLURMD_NODENAME": "localhost"}
     train, evaluate = ["train", "x.yaml", "--nproc", "2", "--dry-run"], ["evaluate", "--nproc", "2", "--dry-run"]
     here = launch(*train, **job)
     assert "/deepspeed --quiet --num_gpus 2 " in here.stdout and "in a job of 8 CPUs: started by" in here.stderr

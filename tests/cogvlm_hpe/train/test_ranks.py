@@ -164,6 +164,14 @@ def test_a_stage_takes_over_an_adapter_or_stands_on_it(place: Path, whole_run: s
     assert {rank for name, rank in ranks.items() if "mlp" in name} == {4}
 
 
+def test_float32_sums_of_bf16_gradients_can_be_offloaded(place: Path) -> None:
+    bf16 = ("--model.dtype", "bf16", "--train.zero_stage", "2")
+    must_train(place, "bf16", *bf16)
+    offload = '{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}'
+    must_train(place, "bf16-offload", *bf16, "--train.deepspeed", offload)
+    assert losses(place, "bf16-offload") == pytest.approx(losses(place, "bf16"), rel=1e-6)
+
+
 def test_deepspeeds_own_settings_and_a_profile(place: Path, whole_run: str) -> None:
     """Offloading the optimizer's state to the CPU changes no number; the trace holds the steps after the second."""
     offload = '{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}'
