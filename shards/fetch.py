@@ -66,7 +66,7 @@ def fetch_in_order(
 
 @contextmanager
 def _signals_held() -> Iterator[None]:
-    """Requests to stop wait; processes started meanwhile never hear any: their rank still needs what they read."""
+    """Requests to stop wait; a fork server started meanwhile never hears any, nor do the readers it forks."""
     from multiprocessing import resource_tracker
 
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
@@ -76,6 +76,11 @@ def _signals_held() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _hold_signals(_: int) -> None:
+    """Of a reader, whose rank still needs what it reads; a fork server from before `_signals_held` lets them come."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGINT})
 
 
 def _tells_of_a_death(error: Exception) -> bool:
@@ -98,6 +103,7 @@ def _loader(dataset: "_Fetching", numbers: Callable[[], Iterable[int]], workers:
         num_workers=workers,
         prefetch_factor=_PREFETCH,
         multiprocessing_context=context,
+        worker_init_fn=_hold_signals,
     )
 
 
