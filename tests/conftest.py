@@ -3,14 +3,13 @@
 import os
 import sys
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 
 import hypothesis
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Helper modules beside this file, also for the processes that tests start.
-sys.path.insert(0, str(Path(__file__).parent))
 
 from tiny_source import TinySource
 
@@ -20,6 +19,12 @@ from shards.write import build
 # How long an example takes says more about the machine than about the code.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
+
+
+def pytest_collection_finish() -> None:
+    """Start the one fork server that a process has where tests fork ranks: readers would start one that has less."""
+    if "forked" in sys.modules:
+        forkserver.ensure_running()
 
 
 @pytest.fixture
