@@ -1,7 +1,14 @@
-"""`python -m cogvlm_hpe …`, which is how the deepspeed launcher starts a rank."""
+"""The program `cogvlm-hpe`; `python -m cogvlm_hpe …` is how launchers start a rank."""
 
-import sys
+from cogvlm_hpe import cli
+from launcher import errors
 
-from cogvlm_hpe.cli import main
 
-sys.exit(main())
+def main() -> None:
+    """Run the command line and end the process."""
+    exit_code = cli.main()
+    errors.end(exit_code)  # not before: what a command has imported may have put its own there
+
+
+if __name__ == "__main__":
+    main()

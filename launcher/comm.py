@@ -1,7 +1,9 @@
 """The one file that speaks torch.distributed and MPI: what ranks say to each other."""
 
 import atexit
+import multiprocessing
 import os
+import resource
 import signal
 import sys
 import time
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     import torch
     from mpi4py import MPI
 
+_FILES_PER_RANK = 3  # at most: gloo's group, DeepSpeed's copy of it, and on rank 0 the store
+_FILES = 300  # besides: images, tars, readers, CUDA
 Number = TypeVar("Number", int, float, np.ndarray)
 T = TypeVar("T")
 
@@ -138,6 +142,7 @@ def from_torch(world: World, timeout_s: float = 1800.0) -> Comm:
     cuda = _take_gpu(world)
     if not distributed.is_initialized():
         check_reachable(world)
+        _allow_files(world)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         timeout = timedelta(seconds=timeout_s)
         try:
@@ -147,7 +152,8 @@ def from_torch(world: World, timeout_s: float = 1800.0) -> Comm:
                 f"rank {world.rank} of {world.size} did not meet the others at {world.master_addr}:{world.master_port} "
                 f"({str(error).splitlines()[0]}); check that all ranks run, that the host resolves and the port is free"
             ) from None
-        atexit.register(_destroy_group)  # without it gloo's threads may abort a process that has done its work
+        atexit.register(_destroy_group)
+        errors.end = _end
         _fail_together(world.rank, os._exit)
     return _Torch(world.rank, world.size)
 
@@ -305,11 +311,40 @@ def _fail_together(rank: int, end: Callable[[int], object]) -> None:
     def finish(exit_code: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
+        for child in multiprocessing.active_children():  # readers of shards, which nobody would end otherwise
+            child.kill()
         time.sleep(0.5)  # mpirun drops what it has not yet passed on when a rank aborts
         end(exit_code)
 
     errors.leave = leave
     sys.excepthook = excepthook
+
+
+def _allow_files(world: World) -> None:
+    """Raise this process's limit of open files as far as it goes: it holds a socket to each rank, in several groups.
+
+    Raises UserError where that is not enough.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    needed = _FILES_PER_RANK * world.size + _FILES
+    if most != resource.RLIM_INFINITY and most < needed:
+        raise UserError(
+            f"{world.size} ranks need about {needed} open files in each process, the hard limit here is {most} "
+            "(`ulimit -Hn`); have it raised, for Slurm's jobs in slurmd's own limits"
+        )
+
+
+def _end(exit_code: int) -> None:
+    """Do what is due at exit and end, without taking the interpreter apart.
+
+    Gloo's threads outlive their group where somebody holds on to it, as DeepSpeed does. One that then lets go of a
+    tensor wants the interpreter, which is going, and aborts the process (pytorch/pytorch#179291).
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def _destroy_group() -> None:

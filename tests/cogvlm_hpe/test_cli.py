@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from cogvlm_hpe import __main__, cli
 from cogvlm_hpe.cli import COMMANDS
+from launcher import errors
 
 HEAVY = ("torch", "transformers", "deepspeed")
 
@@ -35,6 +37,18 @@ def test_help_imports_nothing_heavy(argv: list[str]) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.rstrip().endswith("LOADED []"), done.stdout + done.stderr
+
+
+def test_the_program_ends_as_its_command_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends: list[str] = []
+
+    def main() -> int:
+        monkeypatch.setattr(errors, "end", lambda code: ends.append(f"the command's own way, {code}"))
+        return 85
+
+    monkeypatch.setattr(cli, "main", main)
+    __main__.main()
+    assert ends == ["the command's own way, 85"]
 
 
 def test_the_launchers_own_flag_is_taken_off() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from launcher import comm, world
+from launcher.errors import UserError
 
 RANKS = Path(__file__).with_name("ranks.py")
 MPIRUN = Path(sys.executable).with_name("mpirun")
@@ -62,6 +64,7 @@ def test_mpirun_two_ranks(tmp_path: Path) -> None:
     done = mpirun("mpi", tmp_path)
     assert done.returncode == 0, done.stderr
     check_two_ranks(tmp_path)
+    assert done.stderr.count("taken apart") == 2, "where MPI is finalized as well"
 
 
 @pytest.mark.parametrize(
@@ -103,6 +106,16 @@ def test_deepspeed_is_told_the_number_of_this_ranks_gpu(gpus: int, own: int, mon
     assert taken == [own] and os.environ["LOCAL_RANK"] == str(own)
 
 
+def test_open_files_are_allowed_as_far_as_it_goes_and_missing_ones_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {"soft": 1024, "hard": 4096}
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limits["soft"], limits["hard"]))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, both: limits.update(soft=both[0], hard=both[1]))
+    comm._allow_files(world.World(0, 0, 1000, 8, "", 1, "slurm"))
+    assert limits == {"soft": 4096, "hard": 4096}
+    with pytest.raises(UserError, match="4000 ranks need about 12300 open files .* hard limit here is 4096"):
+        comm._allow_files(world.World(0, 0, 4000, 8, "", 1, "slurm"))
+
+
 def torch_pair(way: str, out: Path) -> tuple[list[int], str]:
     port, children, said = str(world.free_port()), [], out / "stderr"
     with said.open("w") as stderr:
@@ -117,6 +130,7 @@ def test_gloo_two_ranks(tmp_path: Path) -> None:
     codes, said = torch_pair("torch", tmp_path)
     assert codes == [0, 0], said
     check_two_ranks(tmp_path)
+    assert (said.count("at exit"), said.count("taken apart")) == (2, 0), "gloo's threads meet no dying interpreter"
 
 
 @pytest.mark.slow
