@@ -4,9 +4,10 @@ BIN := .venv/bin
 # One step after the other: pip must not write one .venv twice at a time.
 .NOTPARALLEL:
 
-.PHONY: help demo paper base base-check test test-slurm lint bench clean
+.PHONY: help install demo paper base base-check test test-slurm lint bench clean
 
 help:
+	@echo "make install     installs into .venv and runs nothing; the others do that first, where they need it"
 	@echo "make demo        data, training, merge and evaluation in the small; leaves runs/demo/report.html"
 	@echo "make paper       every system of the paper as a row, three seeds, sweeps (hours); writes docs/results.md"
 	@echo "make base        trains the tiny base of the package anew, from nothing (hours)"
@@ -16,6 +17,8 @@ help:
 	@echo "make lint        format, lint and types only"
 	@echo "make bench       ours beside the alternatives"
 	@echo "make clean       removes .venv; runs/ stays"
+
+install: .venv/installed
 
 demo: .venv/installed
 	$(BIN)/cogvlm-hpe demo

@@ -62,6 +62,8 @@ def _about_heads(
 def _about_objects(record: Record, task: Task, prompts: Mapping[Task, str]) -> list[Question]:
     out, told = [], set()
     for number, thing in enumerate(record.objects):
+        if not thing.expression.strip():
+            continue  # there are no words to ask for it by, or to answer with
         name = _name(thing)
         if task == "tags" and name == _HEAD:
             continue  # one word is no list

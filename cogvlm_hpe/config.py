@@ -3,6 +3,7 @@
 Values come in the order defaults, YAML file, command line (`--train.lr 1e-4`); an unknown key is an error.
 """
 
+import difflib
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -24,7 +25,7 @@ class ModelConfig:
         dtype: number format of the weights while training; bf16 keeps float32 masters in the optimizer
         random_init: start from random weights; only config and tokenizer are read from base
         answer_format: how a pose is written: offset {{000..360,000..180,000..360}} or signed degrees
-        prompts: one question per task; {box} and {expression} are filled in
+        prompts: one question per task, over the defaults; {box} and {expression} are filled in
     """
 
     base: str
@@ -34,16 +35,19 @@ class ModelConfig:
     answer_format: AnswerFormat = "offset"
     prompts: dict[Task, str] = field(default_factory=lambda: dict(DEFAULT_PROMPTS))
 
+    def __post_init__(self) -> None:
+        self.prompts = {**DEFAULT_PROMPTS, **self.prompts}
+
 
 @dataclass
 class AdapterConfig:
     """LoRA by peft. Leave the whole section out (null) to train every parameter.
 
     Args:
-        rank: width of the factors
+        rank: width of the factors, so how much they can learn
         alpha: the delta is scaled by alpha / rank (alpha / sqrt(rank) with rslora)
         dropout: dropout before the factors
-        rslora: rank-stabilised scaling
+        rslora: rank-stabilised scaling, see alpha
         targets: which linear layers: {language,vision,vit}.{attention,mlp}, glue
         scope: all tokens, or text: the image prefix keeps the base weights and needs no gradient
         init: adapter folder or checkpoint whose factors this stage starts from
@@ -165,10 +169,10 @@ class TrainConfig:
         optimizer: adamw; or muon: Muon for matrices and AdamW for the rest, in fp32 without ZeRO
         lr: peak learning rate
         min_lr_ratio: the cosine schedule ends at lr times this
-        warmup_steps: linear warm-up
-        weight_decay: decoupled, on every trained parameter
-        betas: AdamW's
-        clip: largest norm of the gradient
+        warmup_steps: steps in which the rate rises from 0 to lr
+        weight_decay: times the rate, this share of every trained parameter is taken off at a step
+        betas: AdamW's: how much of its two moments stays at a step
+        clip: largest norm of the gradient; 0 for no clipping
         zero_stage: DeepSpeed ZeRO 0-3
         micro_batch: images a rank takes at once; gradients are accumulated up to shards.batch
         gradient_checkpointing: recompute layers in the backward pass
@@ -231,7 +235,12 @@ class EvaluateConfig:
 
 @dataclass
 class RunConfig:
-    """A whole training run."""
+    """A whole training run.
+
+    Args:
+        run_dir: folder of the run: its checkpoints, metrics and log
+        adapter: LoRA; null to train every parameter
+    """
 
     run_dir: str
     model: ModelConfig
@@ -267,8 +276,20 @@ _OWN_DEEPSPEED_KEYS = {
     "optimizer": "train.lr and its neighbours",
     "scheduler": "train.warmup_steps and train.max_steps",
     "bf16": "model.dtype",
+    "bfloat16": "model.dtype",
     "fp16": "model.dtype",
+    "amp": "model.dtype",
+    "tensor_parallel": "the ranks, each of which holds the whole model or, by train.zero_stage, a part",
 }
+# What else DeepSpeed 0.19 reads; it takes any other key without a word.
+_DEEPSPEED_KEYS = (
+    "activation_checkpointing aio autotuning checkpoint comet comms_logger communication_data_type compile csv_monitor "
+    "data_types datastates_ckpt disable_allgather disable_python_gc dump_state eigenvalue expert_parallel "
+    "flops_profiler gradient_allreduce_op gradient_predivide_factor hybrid_engine load_universal_checkpoint log_level "
+    "memory_breakdown nebula pipeline prescale_gradients progressive_layer_drop seq_parallel_communication_data_type "
+    "sparse_gradients steps_per_print tensorboard timers torch_autocast wall_clock_breakdown wandb "
+    "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization"
+).split()
 
 
 def flatten(config: RunConfig) -> dict[str, Any]:
@@ -325,6 +346,8 @@ def check(config: RunConfig) -> None:
             raise UsageError(f"shards.train {entry.path}: ratio {entry.ratio} must be above 0")
     if adapter:
         _check_adapter(adapter)
+    _check_prompts(config.model.prompts)
+    _check_rates(train)
     if train.zero_stage == 0 and config.model.dtype == "bf16":
         raise UsageError("train.zero_stage 0 with model.dtype bf16: keeps no float32 masters; take stage 1 or fp32")
     if train.optimizer == "muon" and (train.zero_stage or config.model.dtype != "fp32"):
@@ -355,6 +378,24 @@ def _check_adapter(adapter: AdapterConfig) -> None:
             raise UsageError(f"adapter.targets {wrong}: adapter.scope text leaves image tokens alone; use scope all")
 
 
+def _check_prompts(prompts: dict[Task, str]) -> None:
+    for task, text in prompts.items():
+        for mark in ("{box}", "{expression}"):
+            if mark in DEFAULT_PROMPTS[task] and mark not in text:
+                raise UsageError(f"model.prompts.{task} {text!r}: says nowhere what is asked about; put {mark} in it")
+
+
+def _check_rates(train: TrainConfig) -> None:
+    if train.lr <= 0:
+        raise UsageError(f"train.lr {train.lr}: must be above 0")
+    if not all(0 <= beta < 1 for beta in train.betas):
+        raise UsageError(f"train.betas {list(train.betas)}: must be at least 0 and below 1")
+    if train.clip < 0:
+        raise UsageError(f"train.clip {train.clip}: must be 0 (no clipping) or more")
+    if train.warmup_steps < 0:
+        raise UsageError(f"train.warmup_steps {train.warmup_steps}: must be 0 (none) or more")
+
+
 def _check_watching(config: RunConfig) -> None:
     train = config.train
     if train.timeout_s <= 0:
@@ -374,6 +415,11 @@ def _check_deepspeed(config: RunConfig) -> None:
     for key in train.deepspeed:
         if key in _OWN_DEEPSPEED_KEYS:
             raise UsageError(f"train.deepspeed.{key}: decided by {_OWN_DEEPSPEED_KEYS[key]}; set it there")
+        if key not in _DEEPSPEED_KEYS:
+            near = difflib.get_close_matches(key, _DEEPSPEED_KEYS, 1)
+            raise UsageError(
+                f"train.deepspeed.{key}: no key that DeepSpeed reads; {f'is it {near[0]}?' if near else 'take it out'}"
+            )
     zero = train.deepspeed.get("zero_optimization", {})
     if not isinstance(zero, dict):
         raise UsageError(f"train.deepspeed.zero_optimization {zero!r}: must be a section of keys")

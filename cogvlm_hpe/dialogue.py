@@ -28,6 +28,7 @@ DEFAULT_PROMPTS: Mapping[Task, str] = {
 _NUMBER = r"\s*([+-]?\d{1,4})\s*"
 _BOX = re.compile(r"\[\[" + ",".join([_NUMBER] * 4) + r"\]\]")
 _POSE = re.compile(r"\{\{" + ",".join([_NUMBER] * 3) + r"\}\}")
+_CUT_BOX = re.compile(r"(\[\[.*)(?:;|\]\]\s*\[\[?)[\s\d,+-]*\]?", re.DOTALL)
 _BOX_MARK = re.compile(r"\[\[|\]\]")
 _POSE_MARK = re.compile(r"\{\{|\}\}")
 
@@ -111,6 +112,12 @@ def _parse_boxes(text: str) -> Parsed:
             return Parsed("out_of_range")
         boxes.append((x0, y0, x1, y1))
     return Parsed("box", boxes=boxes)
+
+
+def whole_boxes(text: str) -> str:
+    """An answer of several boxes that was cut off, without the box it was cut in; any other text as it is."""
+    match = _CUT_BOX.fullmatch(text.strip())
+    return f"{match[1]}]]" if match else text
 
 
 def facing(direction: Sequence[float]) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cogvlm_hpe import dialogue, pictures
+from shards.pixels import check_mode
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -65,22 +66,22 @@ class HeadPose:
         adapter: str | Path | None = None,
         *,
         device: str = "auto",
+        dtype: str = "auto",
         tokenizer: str | Path | None = None,
         decode: "Decode" = "greedy",
     ) -> "HeadPose":
         """A base, adapter (it names its base) or merged model. Raises UserError where it cannot be read.
 
-        device: `auto` (a GPU if there is one), `cpu` or `cuda`; bf16 on a GPU, fp32 on the CPU.
+        device: `auto` (a GPU if there is one), `cpu` or `cuda`.
+        dtype: `auto` (bf16 on a GPU, fp32 on the CPU), `fp32` or `bf16`, which needs half the memory.
         decode: `expectation` reads a pose as the mean over the distribution of its digits, and gives a confidence.
         """
-        import torch
-
-        from cogvlm_hpe.evaluate.command import device_of
-        from cogvlm_hpe.model.load import load
+        from cogvlm_hpe.evaluate.command import device_of, dtype_of
+        from cogvlm_hpe.model.load import DTYPES, load
 
         where = device_of(device)
-        dtype = torch.float32 if where == "cpu" else torch.bfloat16
-        return cls(load(path, adapter, device=where, dtype=dtype, tokenizer=tokenizer), decode)
+        kind = DTYPES[dtype_of(dtype, where)]
+        return cls(load(path, adapter, device=where, dtype=kind, tokenizer=tokenizer), decode)
 
     def __call__(
         self,
@@ -139,14 +140,17 @@ class HeadPose:
 
 def _boxes(text: str) -> list[Box]:
     """The boxes of an answer, each once; an answer that was cut off keeps those that are whole."""
-    whole = text[: text.rfind(";")] + "]]" if "]]" not in text and ";" in text else text
-    return list(dict.fromkeys(dialogue.parse(whole).boxes))
+    return list(dict.fromkeys(dialogue.parse(dialogue.whole_boxes(text)).boxes))
 
 
 def _pixels(image: "str | Path | Image.Image | np.ndarray") -> np.ndarray:
     if isinstance(image, str | Path):
         return pictures.read_image(Path(image))
-    pixels = image if isinstance(image, np.ndarray) else np.array(image.convert("RGB"))
+    if not isinstance(image, np.ndarray):
+        check_mode(image.mode)
+        image = np.array(image.convert("RGB"))
+    # torch takes neither reversed nor read-only arrays, such as OpenCV's frames turned from BGR are.
+    pixels = np.require(image, requirements=["C", "W"])
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
         raise ValueError(f"image: (height, width, 3) uint8 is needed, not {pixels.shape} {pixels.dtype}")
     return pixels

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from cogvlm_hpe.evaluate.command import DTYPES, DTYPES_HELP
 from launcher.errors import UsageError, UserError
 
 if TYPE_CHECKING:
@@ -37,9 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a crop network (train-cnn), or a base, adapter or merged model",
     )  # fmt: skip
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the new set")
-    add("--relabel", action="store_true", help="also heads that have a pose already")
+    add("--relabel", action="store_true", help="also heads that have a pose already, which is lost")
     add("--min-confidence", type=float, default=0.0, metavar="C", help="leave out poses below it (default: keep all)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default: %(default)s)")
+    add("--dtype", choices=DTYPES, default="auto", help=f"of cogvlm; {DTYPES_HELP}")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -47,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
     kind, _, folder = args.labeller.partition(":")
     if kind not in _KINDS or not folder:
         raise UsageError(f"--with {args.labeller}: must be cnn:DIR or cogvlm:DIR")
+    if kind == "cnn" and args.dtype != "auto":
+        raise UsageError(f"--dtype {args.dtype}: is of cogvlm:DIR; a crop network is fp32 always, leave it out")
     if not 0.0 <= args.min_confidence <= 1.0:
         raise UsageError(f"--min-confidence {args.min_confidence}: must lie in 0..1")
 
@@ -56,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     from shards.write import build
 
     comm, device = comms.mpi(), device_of(args.device)
-    labeller: Labeller = (_Crops if kind == "cnn" else _Answers)(Path(folder), device)
+    labeller: Labeller = _Crops(Path(folder), device) if kind == "cnn" else _Answers(Path(folder), device, args.dtype)
     source = Labelled(open_set(args.set), labeller, args.labeller, args.relabel, args.min_confidence)
     build(source, args.out, comm)
     return 0
@@ -118,7 +122,7 @@ class Labelled:
         return Sample(stored.key, stored.image, stored.extension, self.labelled(known, pixels))  # type: ignore[arg-type]
 
     def labelled(self, known: "Record", pixels: "np.ndarray") -> "Record":
-        """The record with weak poses; heads without a good enough answer keep what they have."""
+        """The record with weak poses; heads asked about without a good enough answer have none."""
         asked = [n for n, head in enumerate(known.heads) if head.rotation is None or self.relabel]
         found = self.labeller(pixels, [known.heads[n].bbox for n in asked]) if asked else []
         heads = list(known.heads)
@@ -126,6 +130,8 @@ class Labelled:
             if answer is not None and answer[1] >= self.min_confidence:
                 rotation = tuple(answer[0].reshape(9).tolist())
                 heads[number] = replace(heads[number], rotation=rotation, weak=True, confidence=answer[1])
+            elif self.relabel:  # a true label left there would pass for one of the labeller's, of confidence 1
+                heads[number] = replace(heads[number], rotation=None, weak=False, confidence=1.0)
         return replace(known, heads=heads)
 
 
@@ -157,12 +163,11 @@ class _Crops:
 class _Answers:
     """A language model, by expectation decoding."""
 
-    def __init__(self, folder: Path, device: str) -> None:
-        import torch
+    def __init__(self, folder: Path, device: str, dtype: str = "auto") -> None:
+        from cogvlm_hpe.evaluate.command import dtype_of
+        from cogvlm_hpe.model.load import DTYPES, load
 
-        from cogvlm_hpe.model.load import load
-
-        self.loaded = load(folder, device=device, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
+        self.loaded = load(folder, device=device, dtype=DTYPES[dtype_of(dtype, device)])
         if self.loaded.notes["answer_format"] != "offset":
             raise UserError(f"{folder}: answers in signed form have no confidence; label with another model")
 

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
 
     def load() -> HeadPose:
         return HeadPose.from_pretrained(
-            args.model, args.adapter, device=args.device, tokenizer=args.tokenizer, decode=args.decode
+            args.model, args.adapter, device=args.device, dtype=args.dtype, tokenizer=args.tokenizer, decode=args.decode
         )
 
     to_pick = [path for path in pictures.find(args.image) if path.suffix.lower() not in pictures.VIDEOS]
@@ -164,7 +164,7 @@ def _prepare() -> None:
     try:
         import gradio  # noqa: F401
     except ImportError:
-        raise UsageError('--gradio: needs gradio; pip install -e ".[gradio]"') from None
+        raise UsageError('--gradio: needs gradio; .venv/bin/pip install -c constraints.txt -e ".[gradio]"') from None
 
 
 def _free_port(port: int) -> int:

@@ -5,12 +5,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from launcher.errors import UserError
+from shards.pixels import check_mode
 
 VIDEOS = frozenset({".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"})
 IMAGES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"})
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""By EXIF's orientation. Pillow's exif_transpose writes all tags anew, and fails on one of a wrong type."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +81,13 @@ def read_image(path: Path) -> np.ndarray:
     """(H, W, 3) uint8 RGB. Raises UserError where there is no image."""
     try:
         with Image.open(path) as image:
-            # Turned as its EXIF data say, as every viewer shows it and so as boxes are read off it.
-            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+            check_mode(image.mode)
+            # As every viewer shows it and so as boxes are read off it.
+            turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+            return np.array((image if turn is None else image.transpose(turn)).convert("RGB"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # noqa: BLE001 - damaged bytes and tags make Pillow raise struct.error and many more
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: not an image that can be read ({reason})") from None
 
@@ -99,5 +112,6 @@ def _cv2(path: Path):  # type: ignore[no-untyped-def]
     try:
         import cv2
     except ImportError:
-        raise UserError(f"{path}: videos need OpenCV; pip install 'cogvlm-hpe[video]'") from None
+        how = '.venv/bin/pip install -c constraints.txt -e ".[video]"'
+        raise UserError(f"{path}: videos need OpenCV; {how}") from None
     return cv2

@@ -3,11 +3,13 @@
 import argparse
 import csv
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from cogvlm_hpe.evaluate.command import DTYPES, DTYPES_HELP
 from launcher.errors import EXIT_FAILURE, UsageError, UserError
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="expectation: a pose is the mean over the distribution of its digits, with a confidence",
     )  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default: %(default)s)")
+    add("--dtype", choices=DTYPES, default="auto", help=DTYPES_HELP)
     add("--every", type=int, default=1, metavar="N", help="of a video, every N-th frame (default: %(default)s)")
     add("--format", choices=("json", "csv"), default="json", help="what is printed (default: %(default)s)")
     add(
@@ -79,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
     paths = pictures.find(args.image)
     alone = len(paths) == 1 and paths[0].suffix.lower() not in pictures.VIDEOS
     _check(args, len(paths), alone)
+    if args.out is not None:
+        _check_kept(paths, args.out, alone)
     if boxes or alone:  # what is no image, or not in it, is told before the model is read
         height, width = next(pictures.read(paths[0])).pixels.shape[:2]
         for box in boxes or ():
@@ -88,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
 
     total = sum(pictures.count(path, args.every) for path in paths)
     model = HeadPose.from_pretrained(
-        args.model, args.adapter, device=args.device, tokenizer=args.tokenizer, decode=args.decode
+        args.model, args.adapter, device=args.device, dtype=args.dtype, tokenizer=args.tokenizer, decode=args.decode
     )
     writer, names = Rows(args.format, sys.stdout), pictures.names(paths)
     unread: list[Path] = []
@@ -116,6 +121,19 @@ def _check(args: argparse.Namespace, n_paths: int, alone: bool) -> None:
         if args.out.exists() and not args.out.is_dir():
             raise UsageError(f"--out {args.out}: is a file; several pictures need a folder")
         args.out.mkdir(parents=True, exist_ok=True)
+
+
+def _check_kept(paths: Sequence[Path], out: Path, alone: bool) -> None:
+    """Raise UsageError where a picture would be drawn over one that is read."""
+    from cogvlm_hpe import pictures
+
+    drawn = out.resolve()
+    for path, name in pictures.names(paths).items():
+        is_video = path.suffix.lower() in pictures.VIDEOS
+        ours = re.compile(re.escape(name) + (r"-\d{6,}" if is_video else "") + r"\.png")
+        for given in (one.resolve() for one in paths):
+            if given == drawn if alone else given.parent == drawn and ours.fullmatch(given.name):
+                raise UsageError(f"--out {out}: would draw over {given}, which is read; choose another place")
 
 
 def _read_all(paths: Sequence[Path], every: int, unread: list[Path]) -> "Iterator[Picture]":

@@ -16,7 +16,7 @@ from launcher.checks import Line, Table, attempt, merge
 from launcher.errors import UsageError, UserError
 
 if TYPE_CHECKING:
-    from cogvlm_hpe.config import RunConfig
+    from cogvlm_hpe.config import EvaluateConfig, RunConfig
     from cogvlm_hpe.train.command import Flags
     from launcher.comm import Comm
     from launcher.world import World
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
     """Check, print the table on rank 0; the same exit code on every rank."""
     args, rest = _parser().parse_known_args(argv)
 
-    from cogvlm_hpe.train.command import parse
+    from cogvlm_hpe.train.command import parse, patience_s
 
     config, flags = parse(["--config", str(args.config), *rest])
 
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
     from launcher.world import discover
 
     world, start_s = discover(), time.monotonic()
-    table = Table(from_torch(world, _MEET_S))
+    table = Table(from_torch(world, patience_s(config) if args.deep else _MEET_S))
     met = f"{world.size} ranks at {world.master_addr}:{world.master_port} in {time.monotonic() - start_s:.1f} s"
     table.add([Line("ranks meet", True, met)])
     check_all(table, config, flags, world, args.gpu_memory, args.deep)
@@ -152,7 +152,16 @@ def check_ranks(config: "RunConfig", world: "World", gpus: list[str]) -> str:
             "--ntasks-per-node)"
         )
     devices = f"a GPU each, {torch.cuda.get_device_name()}" if gpus else "no GPU, gloo on the CPU"
-    return f"{world.size}, {world.local_size} a host ({devices}); {accumulation} micro-batches a step each"
+    said = f"{world.size}, {world.local_size} a host ({devices}); {accumulation} micro-batches a step each"
+    return said + (_judging_ranks(config.evaluate, world.size) if config.train.evaluate_every else "")
+
+
+def _judging_ranks(evaluate: "EvaluateConfig", ranks: int) -> str:
+    """A note where batches of a set are fewer than ranks while a run judges, so that some wait; else nothing."""
+    busy, batch = math.ceil(evaluate.limit / evaluate.batch), max(1, evaluate.limit // ranks)
+    if busy >= ranks or batch == evaluate.batch:
+        return ""
+    return f"; {busy} of them judge, with evaluate.batch {batch} {min(ranks, math.ceil(evaluate.limit / batch))} would"
 
 
 def check_shards(config: "RunConfig") -> str:

@@ -79,7 +79,11 @@ def _main(argv: list[str]) -> int:
         return 0
     from launcher import supervise
 
-    with supervise.Supervisor(graceful=arguments.command == "train") as supervisor:
+    graceful = arguments.command == "train" and arguments.hostfile is None
+    if arguments.command == "train" and not graceful:
+        said = "a request to stop (Ctrl-C) ends the ranks of a hostfile and saves nothing"
+        print(f"{PROGRAM}: {said}; --resume goes on from the last of train.save_every's checkpoints", file=sys.stderr)
+    with supervise.Supervisor(graceful=graceful) as supervisor:
         if arguments.command in _ON_TRAINING_RANKS and "--print_config" not in rest:
             code = _check(arguments, rest)
             if code:
@@ -146,14 +150,17 @@ def _parser() -> argparse.ArgumentParser:
             one.add_argument("runs", metavar="RUN", nargs="+", help="run folders, or a folder that holds some")
             one.add_argument("--port", type=int, default=6006, help="first port to try (default: 6006)")
         elif name != "merge":
-            one.add_argument("--nproc", type=int, metavar="N", help="ranks (default: Slurm's tasks, or one per GPU)")
+            alone = "one per CPU" if name == "shards" else "1"
+            text = f"ranks (default: Slurm's tasks, or one per GPU; without one, {alone})"
+            one.add_argument("--nproc", type=int, metavar="N", help=text)
             one.add_argument("--hostfile", type=Path, metavar="FILE", help="machines, one `host slots=N` a line")
         if name in ("evaluate", "shards"):
             one.add_argument("--mpi", metavar="TYPE", default="pmi2", help="srun's --mpi (default: pmi2)")
         if name == "evaluate":
             one.set_defaults(threads=None)  # it has --threads of its own, on which its bytes depend
         elif name != "tensorboard":
-            one.add_argument("--threads", type=int, metavar="N", help="CPU threads of a rank (default: an equal share)")
+            default = "all" if name == "merge" else "an equal share"
+            one.add_argument("--threads", type=int, metavar="N", help=f"CPU threads of a rank (default: {default})")
         one.add_argument("--dry-run", action="store_true", help="print the exact command and run nothing")
     return parser
 
@@ -206,9 +213,9 @@ def build(arguments: argparse.Namespace, rest: list[str], place: Place) -> Comma
         return Command([sys.executable, "-m", "cogvlm_hpe", "merge", *rest], env)
     module, words = _program(arguments, rest)
     ranks = arguments.nproc or place.ranks(place.cpus if arguments.command == "shards" else 1)
-    env = {} if arguments.hostfile else command.accelerator_env()
     if place.slurm and not _beyond_srun(arguments, place.slurm):
-        return _with_srun(arguments, module, words, ranks, env, place)
+        return _with_srun(arguments, module, words, ranks, place)
+    env = {} if arguments.hostfile else command.accelerator_env()
     nodes = _nodes(arguments.hostfile, ranks, arguments.nproc is not None)
     threads = arguments.threads or command.threads_per_rank(place.cpus, max(1, ranks // nodes))
     if arguments.command in _ON_TRAINING_RANKS:
@@ -267,9 +274,7 @@ def _beyond_srun(arguments: argparse.Namespace, slurm: Mapping[str, str]) -> boo
     return True
 
 
-def _with_srun(
-    arguments: argparse.Namespace, module: str, words: list[str], ranks: int, env: dict[str, str], place: Place
-) -> Command:
+def _with_srun(arguments: argparse.Namespace, module: str, words: list[str], ranks: int, place: Place) -> Command:
     assert place.slurm is not None
     nodes = int(place.slurm.get("SLURM_JOB_NUM_NODES", "1"))
     cpus = place.slurm.get("SLURM_CPUS_PER_TASK")
@@ -283,7 +288,7 @@ def _with_srun(
         ranks=ranks,
         nodes=min(nodes, ranks),
         threads=threads,
-        env=env | {"MASTER_ADDR": head, "MASTER_PORT": os.environ.get("MASTER_PORT") or str(port)},
+        env={"MASTER_ADDR": head, "MASTER_PORT": os.environ.get("MASTER_PORT") or str(port)},
         mpi="none" if arguments.command in _ON_TRAINING_RANKS else arguments.mpi,
         cpus_per_task=int(cpus) if cpus else None,
         options=_srun_options(os.environ.get("HPE_SRUN", "")),

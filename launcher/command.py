@@ -176,7 +176,7 @@ def visible_gpus() -> list[str] | None:
 
 
 def accelerator_env() -> dict[str, str]:
-    """Where there is no GPU, DeepSpeed is told so instead of searching for one."""
+    """Where there is no GPU, DeepSpeed is told so instead of searching for one. For ranks on this very machine only."""
     return {} if gpu_count() or "DS_ACCELERATOR" in os.environ else {"DS_ACCELERATOR": "cpu"}
 
 

@@ -15,11 +15,12 @@ from launcher.progress import clock
 from launcher.world import World
 
 _SIOCGIFADDR = 0x8915  # ioctl: IPv4 address of an interface
-_NAMES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
+_GLOO = "GLOO_SOCKET_IFNAME"
+_NAMES = (_GLOO, "NCCL_SOCKET_IFNAME")
 
 
 def interface(env: Mapping[str, str] = os.environ) -> str:
-    """The interface that ranks talk by: what the variables name, else that of this host's own name, as gloo has it.
+    """The interfaces that ranks talk by: what the variables name, and where none does for gloo, that of our own name.
 
     Raises UserError where a variable names one that this machine does not have.
     """
@@ -32,15 +33,16 @@ def interface(env: Mapping[str, str] = os.environ) -> str:
             raise UserError(
                 f"{variable}={said}: {socket.gethostname()} has only {', '.join(have)}; correct it, or unset it"
             )
-    named = next((f"{env[variable]} ({variable})" for variable in _NAMES if env.get(variable)), None)
-    return named or _interface_of(_own_address(), have)
+    named = [f"{env[variable]} ({variable})" for variable in _NAMES if env.get(variable)]
+    own = [] if env.get(_GLOO) else [_interface_of(_own_address(), have)]
+    return ", ".join(own + named)
 
 
 def check_reachable(world: World, env: Mapping[str, str] = os.environ) -> None:
     """Raise UserError where other machines are told to find this one at its loopback address."""
     elsewhere = world.size > world.local_size and not world.master_addr.startswith(("127.", "localhost"))
-    named = any(env.get(variable) for variable in _NAMES)
-    if elsewhere and not named and _own_address().startswith("127."):
+    # Gloo does not read NCCL's variable; it would tell the others the loopback address.
+    if elsewhere and not env.get(_GLOO) and _own_address().startswith("127."):
         raise UserError(
             f"{socket.gethostname()} resolves to {_own_address()}, where other machines cannot reach it; mend "
             "/etc/hosts, or set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME (slurm/site.conf)"

@@ -125,10 +125,10 @@ def as_json(status: Status) -> str:
 
 
 def _state(log: list[str], step: int, saved_step: int, max_steps: int, silent: bool) -> str:
+    if log and "train: stopped after step" in log[-1]:
+        return "stopped"  # be it after the last step, before it was judged
     if saved_step >= max_steps:
         return "finished"
-    if log and "train: stopped after step" in log[-1]:
-        return "stopped"
     if silent:
         return "silent"
     return "running" if log or step else "not begun"

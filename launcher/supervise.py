@@ -20,10 +20,14 @@ from launcher.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USAGE
 if TYPE_CHECKING:
     from launcher.status import Progress
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = tuple(
+    number
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+    # Under nohup SIGHUP is ignored when a program starts, so that its work goes on after a logout.
+    if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+)
 _GRACE_S = 5.0
 _SAVE_S = 30.0
-_STARTING_S = 60.0  # in which all ranks have come to listen
 _AGAIN_S = 1.0
 _LOOP = 2  # starts in a row that crash without a new checkpoint
 _PR_SET_CHILD_SUBREAPER = 36
@@ -95,11 +99,9 @@ class Supervisor:
         return EXIT_FAILURE
 
     def _wait(self, ranks: "_Ranks") -> int:
-        """The launcher's exit code. A request is said again while ranks may still be starting, which do not listen."""
-        started_s = time.monotonic()
+        """The launcher's exit code. A request is said again: ranks that are starting do not listen yet."""
         while (code := ranks.wait(_AGAIN_S)) is None:
-            starting = ranks.ignore_usr1 and time.monotonic() < started_s + _STARTING_S
-            if starting and self._graceful and len(self._requests) == 1:
+            if ranks.ignore_usr1 and self._graceful and len(self._requests) == 1:
                 self._pass_on()
         return code
 

@@ -14,6 +14,7 @@ from launcher.comm import Comm
 from launcher.errors import EXIT_FAILURE
 
 _WAITING = "waits for other ranks"
+_SPEAKERS = (0, 1)  # 1 where 0 is silent; if all read all notes, the store would need half a minute for 512 ranks
 _COLLECTIVES = (f"torch{os.sep}distributed{os.sep}", f"deepspeed{os.sep}comm{os.sep}", f"launcher{os.sep}comm.py")
 
 
@@ -61,7 +62,7 @@ class Watchdog:
         asking = threading.Thread(target=self._name_silent, daemon=True)
         asking.start()
         asking.join(3 * self._aside_s)
-        if asking.is_alive():
+        if asking.is_alive() and self._comm.rank in _SPEAKERS:
             self._say({0: "does not answer"})
         os._exit(EXIT_FAILURE)
 
@@ -69,9 +70,12 @@ class Watchdog:
         rank, size = self._comm.rank, self._comm.size
         self._comm.post(f"watchdog/{rank}", self._whereabouts())
         time.sleep(self._aside_s)
-        notes = {r: self._comm.posted(f"watchdog/{r}") for r in range(size)} if size > 1 else {0: self._whereabouts()}
-        if rank == min(r for r, note in notes.items() if note is not None):
-            self._say({r: note or "does not answer" for r, note in notes.items() if note != _WAITING})
+        if rank in _SPEAKERS:
+            notes = {r: self._comm.posted(f"watchdog/{r}") for r in range(size)}
+            if size == 1:
+                notes[0] = self._whereabouts()
+            if rank == 0 or notes[0] is None:
+                self._say({r: note or "does not answer" for r, note in notes.items() if note != _WAITING})
         time.sleep(self._aside_s)
 
     def _whereabouts(self) -> str:

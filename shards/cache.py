@@ -10,14 +10,16 @@ import errno
 import fcntl
 import hashlib
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
+from launcher import files
 from launcher.errors import UserError
 
 FOLDER_VARIABLE, GIGABYTES_VARIABLE = "HPE_SHARDS_CACHE", "HPE_SHARDS_CACHE_GB"
@@ -25,6 +27,7 @@ DEFAULT_GB = 50.0
 _GIGABYTE = 1_000_000_000
 _PART = ".part"
 _BLOCK = 1 << 20
+_NOTE_WIDTH = 20
 _TOUCH_EVERY_S = 5.0
 _WAIT_S = 0.05
 
@@ -65,22 +68,27 @@ class Cache:
 
     def place(self, target: Path, data: bytes) -> None:
         """Write a small file that stays, complete or not there; any number of processes may at once."""
-        if target.exists():
-            return
+        with contextlib.suppress(OSError):
+            if target.read_bytes() == data:
+                return
         temporary = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}")
         with _room_said(self.folder):
             target.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(data)
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(temporary, target)
 
     def bring(self, target: Path, opened: Opener, size: int | None, sha256: str | None) -> None:
-        """Fetch `target` unless it is there. size: its bytes, counted against the limit; None: it is not counted.
+        """Fetch `target` unless it is there. size: its bytes, counted against the limit; None: an index, which is not
+        counted, and is fetched again where it is there with another hash.
 
-        Raises Damaged where size or hash are not those announced, OSError where the other side fails, UserError where
-        the file can never fit or the disk is full.
+        Raises Damaged where size or hash are not those announced, OSError where the other side fails or stops early,
+        UserError where the file can never fit or the disk is full.
         """
         part = target.with_name(target.name + _PART)
-        with self._writer(part, target) as file:
+        with self._writer(part, target, sha256 if size is None else None) as file:
             if file is None:
                 return
             if size is not None:
@@ -89,7 +97,7 @@ class Cache:
             os.replace(part, target)
 
     @contextlib.contextmanager
-    def _writer(self, part: Path, target: Path) -> Iterator[IO[bytes] | None]:
+    def _writer(self, part: Path, target: Path, sha256: str | None) -> Iterator[IO[bytes] | None]:
         """The unfinished file, ours alone; None once somebody else has finished it. Removed where we fail."""
         while True:
             with _room_said(self.folder):
@@ -97,7 +105,7 @@ class Cache:
                 handle = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             with os.fdopen(handle, "r+b") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
-                if target.exists():
+                if is_whole(target, sha256):
                     yield None
                     return
                 if not _is_at(file, part):
@@ -123,7 +131,7 @@ class Cache:
                     file.flush()
                 count += len(block)
         if size is not None and count != size:
-            raise Damaged(f"{count:,} bytes, {size:,} were announced")
+            raise OSError(f"{count:,} bytes, {size:,} were announced")  # a broken connection looks like an end
         if sha256 is not None and digest.hexdigest() != sha256:
             raise Damaged("its sha256 is not the one announced")
         with _room_said(self.folder):
@@ -140,41 +148,101 @@ class Cache:
             time.sleep(_WAIT_S)  # others' unfinished files hold it all; finished, they can be dropped
 
     def _took_room(self, part: Path, file: IO[bytes], size: int) -> bool:
-        with self._alone():
-            files = sorted(_files(self.folder))
-            total = sum(held for _, held, path in files if path != part)
-            for _, held, path in files:
-                if total + size <= self.most_bytes:
-                    break
-                if path != part and _drop(path):
-                    total -= held
-            if total + size > self.most_bytes:
+        with self._alone() as lock:
+            # What all have taken so far is noted in the lock, so that not every fetch looks at all the files. It may be
+            # too much, as nobody takes away what failed or was removed; then we look again.
+            total = _noted(lock)
+            if total is None or total + size > min(self.most_bytes, self.free_bytes()):
+                total = self._dropped_to(part, size)
+            if total is None:
                 return False
+            lock.seek(0)
+            lock.write(f"{total + size:{_NOTE_WIDTH}d}")
             file.truncate(size)  # the room is taken: others count it, and it costs no disk before it is filled
             return True
+
+    def _dropped_to(self, part: Path, size: int) -> int | None:
+        """Drop tars until `size` bytes fit; what is held then, besides `part`. None where they cannot be dropped yet.
+
+        Raises UserError where the disk has no room although nothing is held.
+        """
+        found = [held for held in _files(self.folder) if held.path != part]
+        total = sum(held.size for held in found)
+        # The disk may have less room than the limit; some of what is free is promised to files on their way.
+        promised = sum(held.size - held.written for held in found)
+        most_bytes = min(self.most_bytes, total + self.free_bytes() - promised)
+        for held in sorted(found):
+            if total + size <= most_bytes:
+                break
+            if _drop(held.path):
+                total -= held.size
+        if total + size <= most_bytes:
+            return total
+        if total > 0:
+            return None
+        raise UserError(
+            f"{self.folder}: the disk has no room for {part.name.removesuffix(_PART)} ({size / _GIGABYTE:,.3f} GB); "
+            f"free some space, or name another folder in {FOLDER_VARIABLE}"
+        )
+
+    def free_bytes(self) -> int:
+        """What the disk of the cache has free now."""
+        return shutil.disk_usage(self.folder).free
 
     def held_bytes(self) -> int:
         """What tars, and tars on their way, take of the limit now."""
         with self._alone():
-            return sum(size for _, size, _ in _files(self.folder))
+            return sum(held.size for held in _files(self.folder))
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        with (self.folder / "lock").open("w") as lock:
+    def _alone(self) -> Iterator[IO[str]]:
+        handle = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        with os.fdopen(handle, "r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+            yield lock
 
 
-def _files(folder: Path) -> list[tuple[float, int, Path]]:
-    """(time of last use, bytes, path) of the tars, and of those on their way."""
+def _noted(lock: IO[str]) -> int | None:
+    """The bytes that the lock says are held; None where it does not."""
+    text = lock.read(_NOTE_WIDTH)
+    return int(text) if len(text) == _NOTE_WIDTH and text.strip().isdigit() else None
+
+
+def is_whole(path: Path, sha256: str | None) -> bool:
+    """Whether a file is there, with this hash if one is given."""
+    return path.exists() and (sha256 is None or files.sha256(path) == sha256)
+
+
+class _Held(NamedTuple):
+    """A tar, or one on its way."""
+
+    used: float
+    """When it was last read."""
+    size: int
+    written: int
+    """So many of its bytes are on the disk already."""
+    path: Path
+
+
+def _files(folder: Path) -> list[_Held]:
+    """The tars, and those on their way."""
     found = {}
-    # In this order one that is finished meanwhile is met twice, not missed.
-    for pattern in (f"*/*.tar{_PART}", "*/*.tar"):
-        for path in folder.glob(pattern):
-            with contextlib.suppress(FileNotFoundError):
-                stat = path.stat()
-                found[str(path).removesuffix(_PART)] = (stat.st_mtime, stat.st_size, path)
+    for name in os.listdir(folder):
+        # In this order one that is finished meanwhile is met twice, not missed.
+        for ending in (f".tar{_PART}", ".tar"):
+            with contextlib.suppress(NotADirectoryError, FileNotFoundError), os.scandir(folder / name) as entries:
+                for entry in entries:
+                    if entry.name.endswith(ending):
+                        with contextlib.suppress(FileNotFoundError):
+                            held = _held(Path(entry.path))
+                            found[entry.path.removesuffix(_PART)] = held
     return list(found.values())
+
+
+def _held(path: Path) -> _Held:
+    stat = path.stat()
+    written = min(stat.st_size, 512 * stat.st_blocks) if path.suffix == _PART else stat.st_size
+    return _Held(stat.st_mtime, stat.st_size, written, path)
 
 
 def _drop(path: Path) -> bool:

@@ -6,7 +6,9 @@ import of torch each. A worker decodes its batches into a few buffers in turn, w
 shared pages would cost a third of what decoding does. It holds _PREFETCH + 1 batches in memory, never more.
 """
 
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -25,6 +27,8 @@ Room = Callable[[int], "torch.Tensor"]
 Fetch = Callable[[int, Room], "Fetched"]
 _PREFETCH = 2
 _TURN_BYTES = 8
+_REQUESTS = (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM)
+_LOOK_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -71,16 +75,36 @@ def _signals_held() -> Iterator[None]:
 
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     try:
-        resource_tracker.ensure_running()  # which lets SIGINT through again, so that this comes after it
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        resource_tracker.ensure_running()  # which lets some through again, so that these are held after it
+        signal.pthread_sigmask(signal.SIG_BLOCK, _REQUESTS)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _hold_signals(_: int) -> None:
-    """Of a reader, whose rank still needs what it reads; a fork server from before `_signals_held` lets them come."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGINT})
+def _begin_reader(_: int) -> None:
+    """A reader hears no request, as its rank still needs what it reads, and ends with its rank.
+
+    A fork server from before `_signals_held` lets requests come.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, _REQUESTS)
+    threading.Thread(target=_end_with_rank, name="rank", daemon=True).start()
+
+
+def _end_with_rank() -> None:
+    """End this reader once its rank is gone, however it died, or sends SIGTERM, as multiprocessing does at its exit.
+
+    Torch looks for the parent, which is the fork server; and that one lives as long as its readers.
+    """
+    from multiprocessing import parent_process
+
+    rank = parent_process()
+    assert rank is not None, "a reader is a child of its rank"
+    while rank.is_alive():
+        told = signal.sigtimedwait({signal.SIGTERM}, _LOOK_S)
+        if told is not None and told.si_pid == rank.pid:
+            break
+    os._exit(0)
 
 
 def _tells_of_a_death(error: Exception) -> bool:
@@ -103,7 +127,7 @@ def _loader(dataset: "_Fetching", numbers: Callable[[], Iterable[int]], workers:
         num_workers=workers,
         prefetch_factor=_PREFETCH,
         multiprocessing_context=context,
-        worker_init_fn=_hold_signals,
+        worker_init_fn=_begin_reader,
     )
 
 

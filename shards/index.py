@@ -238,11 +238,14 @@ class ShardSet:
         """Where the tar of `shard` is on this machine, or would be."""
         return self.path / str(self.info["shards"][shard]["file"])
 
-    def bring(self, shard: int) -> Path:
-        """The tar of `shard` on this machine, fetched first where the set is elsewhere. Raises UserError."""
+    def bring(self, shard: int, patient: bool = True) -> Path:
+        """The tar of `shard` on this machine, fetched first where the set is elsewhere. Raises UserError.
+
+        patient: where it cannot be fetched, an outage of some minutes is waited for.
+        """
         entry, tar = self.info["shards"][shard], self.tar(shard)
         if self.remote is not None and not tar.exists():
-            self.remote.bring(entry["file"], tar, entry["bytes"], entry["sha256"])
+            self.remote.bring(entry["file"], tar, entry["bytes"], entry["sha256"], patient)
         return tar
 
     def _tar(self, shard: int) -> int:

@@ -5,6 +5,7 @@ which holds the hashes of its tars.
 """
 
 import os
+import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -33,7 +34,8 @@ DTYPES: dict[str, Any] = {
     "n_heads": np.int32,
     "n_objects": np.int32,
 }
-COLUMNS = (*DTYPES, "key", "subject", "head_subject")
+TEMPORARIES = "*.tmp-*"
+"""What is on its way: left behind by a build that was killed."""
 TICK = 16  # samples between two reports of progress
 _TAR_RECORD, _TAR_END = 20 * HEADER, 2 * HEADER
 
@@ -58,7 +60,7 @@ def write_range(
     """
     from webdataset.writer import TarWriter
 
-    temporary, rows = folder / f"{number:06d}.tar.tmp", _Rows()
+    temporary, rows = _temporary(folder / f"{number:06d}.tar"), _Rows()
     try:
         with temporary.open("wb") as file:
             # Fixed times and owners: equal samples give equal bytes.
@@ -101,15 +103,25 @@ def _write_sample(writer: Any, rows: "_Rows", sample: "Sample", name: str) -> No
 
 def _copy_piece(source: Path, target: Path, start: int, stop: int) -> None:
     """Bytes [start, stop) of one tar as a tar of their own, ended as the tar writer ends its own."""
-    with source.open("rb") as whole, target.open("wb") as piece:
-        whole.seek(start)
-        while start < stop:
-            block = whole.read(min(stop - start, 1 << 20))
-            piece.write(block)
-            start += len(block)
-        piece.write(bytes(_tar_bytes(piece.tell()) - piece.tell()))
-        piece.flush()
-        os.fsync(piece.fileno())
+    temporary = _temporary(target)
+    try:
+        with source.open("rb") as whole, temporary.open("wb") as piece:
+            whole.seek(start)
+            while start < stop:
+                block = whole.read(min(stop - start, 1 << 20))
+                piece.write(block)
+                start += len(block)
+            piece.write(bytes(_tar_bytes(piece.tell()) - piece.tell()))
+            piece.flush()
+            os.fsync(piece.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    """A name that no other process has: where no lock keeps two builds apart, neither writes into the other's file."""
+    return path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
 
 
 def _tar_bytes(members: int) -> int:
@@ -126,7 +138,8 @@ class _Rows:
     """A range's part of the index, growing."""
 
     def __init__(self) -> None:
-        self._rows: dict[str, list[Any]] = {column: [] for column in COLUMNS if column != "shard"}
+        columns = (*(column for column in DTYPES if column != "shard"), "key", "subject", "head_subject")
+        self._rows: dict[str, list[Any]] = {column: [] for column in columns}
         self._poses: list[Any] = []
         self.starts: list[int] = []
         self.ends: list[int] = []
@@ -173,8 +186,11 @@ class _Rows:
         return list(range(count + 1))
 
     def arrays(self, cuts: list[int]) -> Arrays:
-        """The columns, `shard` and offsets counted within the range's tars; subjects are still names."""
+        """The columns, `shard` and offsets counted within the range's tars, subjects within its own table of names."""
         arrays = {column: np.array(values, DTYPES.get(column, np.bytes_)) for column, values in self._rows.items()}
+        names = np.concatenate([arrays["subject"], arrays["head_subject"]])
+        arrays["subjects"], numbers = np.unique(names, return_inverse=True)
+        arrays["subject"], arrays["head_subject"] = np.split(numbers.astype(np.int32), [len(arrays["subject"])])
         arrays["shard"] = np.repeat(np.arange(len(cuts) - 1, dtype=np.int32), np.diff(cuts))
         before = np.array(self.starts, np.int64)[cuts[:-1]][arrays["shard"]]
         for column in ("image_offset", "json_offset"):
@@ -195,7 +211,7 @@ def pose_histogram(poses_deg: np.ndarray) -> Arrays:
 
 def save_npz(path: Path, arrays: Arrays) -> None:
     """Write arrays as an uncompressed .npz that is complete or not there."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _temporary(path)
     try:
         with temporary.open("wb") as file:
             np.savez(file, **cast(Any, arrays))

@@ -140,9 +140,10 @@ def _simulate(options: argparse.Namespace) -> int:
 
 
 def _steps_of_an_epoch(plan: "Plan") -> int:
-    """Batches until the largest set has been drawn once."""
+    """Batches until the largest set has been drawn once, in whole windows: a bucketed one is exact at its end only."""
     size, weight = max(zip(plan.sizes, plan.weights, strict=True))
-    return -(-size * sum(plan.weights) // (weight * plan.batch))
+    window = max(1, plan.bucket_batches)
+    return -(-size * sum(plan.weights) // (weight * plan.batch * window)) * window
 
 
 def _say_outcome(plan: "Plan", starts: "Sequence[Any]", outcome: "Outcome") -> None:

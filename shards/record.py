@@ -21,7 +21,7 @@ _SURELY_ROTATION = 0.4 * _ORTHONORMAL
 _LONGEST_SIDE_PX = 1_000_000
 _LEAST_SIDE_PX = 1e-3
 _LIMITS_DEG = {"yaw": 180.0, "pitch": 90.0, "roll": 180.0}
-_SIDE = re.compile(r"\b(left|right)(?=\b|most\b|wards?\b)", re.IGNORECASE)
+_SIDE = re.compile(r"\b(left|right)(?=\b|most\b|wards?\b|sides?\b|hand\b)", re.IGNORECASE)
 
 
 class RecordError(UserError):
@@ -119,7 +119,7 @@ class Record:
 
 
 def mirror_words(text: str) -> str:
-    """`text` with left and right exchanged (leftmost and leftward too), capitals kept."""
+    """`text` with left and right exchanged (leftmost, leftward, leftside and lefthand too), capitals kept."""
 
     def other(match: re.Match[str]) -> str:
         word = match.group(0)
@@ -149,7 +149,7 @@ def _record(value: dict[str, Any]) -> Record:
     image = Image(**raw, camera=Camera(**camera) if camera else None)
     _check_image(image)
     heads = [_head(f"head {i}", head) for i, head in enumerate(value["heads"])]
-    objects = [Object(str(o["expression"]), _box(f"object {i}", o["bbox"])) for i, o in enumerate(value["objects"])]
+    objects = [_object(f"object {i}", thing) for i, thing in enumerate(value["objects"])]
     return Record(image, heads, objects)
 
 
@@ -234,6 +234,13 @@ def _head(name: str, value: dict[str, Any]) -> Head:
         confidence=_share(name, "confidence", value.get("confidence", 1.0)),
         subject=str(value.get("subject", "")),
     )
+
+
+def _object(name: str, value: dict[str, Any]) -> Object:
+    expression = str(value["expression"])
+    if not expression.strip():
+        raise RecordError(f"{name}: its expression is empty; name the thing, or leave the object out")
+    return Object(expression, _box(name, value["bbox"]))
 
 
 def _share(name: str, what: str, value: Any) -> float:

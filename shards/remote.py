@@ -5,18 +5,23 @@ http and https by Python itself, `pipe:` as webdataset runs it, everything else 
 
 import contextlib
 import hashlib
+import random
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
 from launcher.errors import UsageError, UserError
-from shards.cache import Cache, Damaged
+from shards.cache import Cache, Damaged, is_whole
 
-TRIES = 3
-_WAIT_S = 0.5
+_WAITS_S = (0.5, 2.0)
+_PATIENCE_S, _LONGEST_WAIT_S = 300.0, 60.0
+"""A run outlives an outage of five minutes, which the launcher's watchdog (half an hour) does not end either."""
+_NOT_THERE = (401, 403, 404, 410)  # HTTP: asking again changes nothing
 _TIMEOUT_S = 60.0
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/{1,3}(?!/)(.+)", re.DOTALL)
 _PIPE = "pipe:"
@@ -50,20 +55,25 @@ class Remote:
     def bring_index(self, json_name: str, npz_name: str) -> Path:
         """The folder of the cache for this build of the set, with its index. Raises UserError.
 
-        The folder is named by what index.json says, so a set that was built anew never meets the tars of the old one.
+        The folder is named by what index.json says, so a set that was built anew never meets the tars of the old one. A
+        query (a signature, a day) does not count, a whole command does. What is in the folder is checked each time.
         """
         text = self._tried(json_name, lambda: self._read(json_name))
-        name = hashlib.sha256(self.url.encode() + b"\0" + text).hexdigest()[:24]
+        url = self.url if self.url.startswith(_PIPE) else self.url.partition("?")[0]
+        name = hashlib.sha256(url.encode() + b"\0" + text).hexdigest()[:24]
         folder = self.cache.folder / name
         self.cache.place(folder / json_name, text)
-        if not (folder / npz_name).exists():
-            said = _index_hash(text)
-            self._tried(npz_name, lambda: self.cache.bring(folder / npz_name, self._opener(npz_name), None, said))
+        npz, said = folder / npz_name, _index_hash(text)
+        if not is_whole(npz, said):
+            self._tried(npz_name, lambda: self.cache.bring(npz, self._opener(npz_name), None, said))
         return folder
 
-    def bring(self, name: str, target: Path, size: int, sha256: str) -> None:
-        """Copy the tar `name` to `target`, unless another process has. Raises UserError."""
-        self._tried(name, lambda: self.cache.bring(target, self._opener(name), size, sha256))
+    def bring(self, name: str, target: Path, size: int, sha256: str, patient: bool = True) -> None:
+        """Copy the tar `name` to `target`, unless another process has. Raises UserError.
+
+        patient: an outage of some minutes is waited for, and stderr says so.
+        """
+        self._tried(name, lambda: self.cache.bring(target, self._opener(name), size, sha256), patient)
 
     def _opener(self, name: str) -> Callable[[], contextlib.AbstractContextManager[IO[bytes]]]:
         return lambda: open_url(self._of(name))
@@ -79,19 +89,35 @@ class Remote:
         with open_url(self._of(name)) as stream:
             return stream.read()
 
-    def _tried(self, name: str, act: Callable[[], Any]) -> Any:
+    def _tried(self, name: str, act: Callable[[], Any], patient: bool = False) -> Any:
         """act(), again after a while where the network or the other side failed."""
-        for turn in range(1, TRIES + 1):
+        first_s = None
+        for turn in count():
             try:
                 return act()
             except (OSError, Damaged) as error:
-                if turn == TRIES:
+                now_s = time.monotonic()
+                first_s = now_s if first_s is None else first_s
+                waits = patient and not isinstance(error, Damaged) and now_s - first_s < _PATIENCE_S
+                if _is_final(error) or (turn >= len(_WAITS_S) and not waits):
+                    times = f"; tried {turn + 1} times" if turn else ""
                     raise UserError(
-                        f"{self.shown}: {name} cannot be fetched ({_reason(error)}; tried {TRIES} times); check the "
-                        "address and the network, or copy the set to a disk"
+                        f"{self.shown}: {name} cannot be fetched ({_reason(error)}{times}); check the address and the "
+                        "network, or copy the set to a disk"
                     ) from None
-                time.sleep(_WAIT_S * 4 ** (turn - 1))
+                wait_s = min(2.0 * 2**turn, _LONGEST_WAIT_S) if patient else _WAITS_S[turn]
+                # Not all ranks at once; nor may this touch the numbers that training draws.
+                wait_s *= random.SystemRandom().uniform(0.75, 1.25)
+                if patient:
+                    said = f"{name} cannot be fetched ({_reason(error)}); trying again in {wait_s:.0f} s"
+                    print(f"{self.shown}: {said}", file=sys.stderr, flush=True)
+                time.sleep(wait_s)
         raise AssertionError("unreachable")
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether another try changes nothing: there is no such file, or no right to it."""
+    return isinstance(error, FileNotFoundError | PermissionError) or getattr(error, "code", None) in _NOT_THERE
 
 
 def _reason(error: Exception) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 
 from launcher.errors import UsageError, UserError
-from shards.ahead import Ahead, check_caches
+from shards.ahead import AHEAD_BATCHES, Ahead, check_cache_in_order, check_caches
 from shards.augment import Augment, Change
 from shards.fetch import Fetched, Room, fetch_in_order
 from shards.index import SampleError, ShardSet
@@ -29,8 +29,6 @@ View: TypeAlias = "Callable[[np.ndarray, Record], torch.Tensor]"
 Note: TypeAlias = Callable[["Item"], Any]
 """What a reader writes about an item for whoever takes it; anything that can be pickled."""
 MOST_BAD_IN_A_ROW = 100
-AHEAD_BATCHES = 16
-"""So many batches before they are needed, shards of remote sets are asked for."""
 _AS_STORED = Augment()
 
 
@@ -95,7 +93,7 @@ class Stream:
         if not 0 <= rank < size:
             raise UsageError(f"rank {rank} of {size}: ranks count from 0")
         rank_share(range(plan.batch), rank, size)
-        check_caches(sets, plan)
+        check_caches(sets, plan, workers)
         if callable(image_size) and augment not in (None, _AS_STORED):
             raise UsageError("a view of images as they are stored is not augmented; leave augment out")
         self.skipped = 0
@@ -132,12 +130,15 @@ def read_all(
 
     Batch b is samples [b·batch, (b+1)·batch) in the order of keys, whatever the ranks; the last may be smaller. `limit`
     takes the first so many samples, `only` these batches alone. Slots count positions in key order. Ranks may get one
-    batch more or less.
+    batch more or less. Raises UserError where the cache of a remote set is too small for this order.
     """
     order = shard_set.key_order()[:limit]
     batches = consecutive_batches(len(order), batch)
     fetch = _EvaluationBatch(Reader([shard_set], image_size, on_bad_sample), order, batches)
     dealt = range(len(batches)) if only is None else only
+    if shard_set.remote is not None:
+        places = [place for b in dealt for place in batches[b]]
+        check_cache_in_order(shard_set, order[np.array(places, np.int64)])
     return ((b, fetched.items) for b, fetched in fetch_in_order(fetch, lambda: dealt[rank::size], workers))
 
 
@@ -229,7 +230,7 @@ class _PlannedBatch:
 
     def _shards_until(self, n: int) -> Iterator[tuple[ShardSet, int]]:
         """Remote shards that this rank's batches need up to batch n, from where the last call ended."""
-        for m in range(max(self._asked, n - 2 * AHEAD_BATCHES), n):
+        for m in range(max(self._asked, n - AHEAD_BATCHES), n):
             for slot in self._plan.share_at(m, self._rank, self._size):
                 shard_set = self._reader.sets[slot.set]
                 if shard_set.remote is not None:

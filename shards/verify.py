@@ -191,13 +191,16 @@ def _check_content(shard_set: ShardSet, comm: Comm, by_index: bool) -> tuple[lis
     shards = shard_set.info["shards"]
     findings: list[str] = []
     poses = pose_histogram(np.empty((0, 3)))
+    by_shard = np.argsort(shard_set.arrays["shard"], kind="stable")
+    starts = np.searchsorted(shard_set.arrays["shard"], np.arange(len(shards) + 1), sorter=by_shard)
     with Progress(comm).bar(f"verify {shard_set.path.name}", len(shards)) as bar:
         for first in range(0, len(shards), comm.size):
             mine = first + comm.rank
             if mine < len(shards):
                 findings += _check_bytes(shard_set, mine)
                 if by_index:
-                    found, heads = _check_shard(shard_set, mine)
+                    samples = by_shard[starts[mine] : starts[mine + 1]].tolist()
+                    found, heads = _check_shard(shard_set, mine, samples)
                     findings += found
                     poses = {angle: poses[angle] + heads[angle] for angle in poses}
             comm.barrier()
@@ -231,12 +234,11 @@ def _check_bytes(shard_set: ShardSet, shard: int) -> list[str]:
     return [f"{tar}: sha256 differs from the index: the bytes have changed since it was built"]
 
 
-def _check_shard(shard_set: ShardSet, shard: int) -> tuple[list[str], dict[str, Any]]:
-    """Findings in the samples of one tar, and the histogram of their poses."""
+def _check_shard(shard_set: ShardSet, shard: int, samples: Sequence[int]) -> tuple[list[str], dict[str, Any]]:
+    """Findings in the samples of one tar, all that the index puts there, and the histogram of their poses."""
     tar, poses, findings = shard_set.tar(shard), [np.empty((0, 3))], []
     if not tar.is_file():
         return [], pose_histogram(poses[0])
-    samples = np.flatnonzero(shard_set.arrays["shard"] == shard).tolist()
     findings += check_members(tar, list(_members(shard_set, samples)))
     for i in samples:
         try:

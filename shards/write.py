@@ -7,12 +7,14 @@ their names; `index.json` comes last.
 """
 
 import errno
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -26,7 +28,7 @@ from shards import part, record
 from shards.index import FORMAT, INDEX_JSON, INDEX_NPZ, KEY, Arrays, open_set
 
 WORK_FOLDER = ".build"
-_RECIPE = "recipe.json"
+_RECIPE, _LOCK = "recipe.json", "lock"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_FOLDER = (errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS)
 _PROBES = 8
@@ -77,14 +79,15 @@ def build(
     samples_per_shard: a tar holds at most so many; by default 1000, or fewer so that a small set too has 16 tars for
     ranks and readers to share. max_shard_mb: a tar has at most so many million bytes, unless one sample alone has more.
     A complete set of the same recipe is kept, an unfinished one is finished. Raises UserError where `out` holds
-    something else, a sample breaks the schema, the disk has too little room or gets full: what is finished is kept.
-    Rank 0 merges the index in memory, 100 bytes a sample.
+    something else or another build is writing into it, a sample breaks the schema, the disk has too little room or gets
+    full: what is finished is kept. Rank 0 merges the index in memory: 50 bytes and twice the longest key a sample,
+    4 bytes a head, and three times the table of subjects.
     """
     out = Path(out)
-    with _full_disk(out):
+    with _full_disk(out), ExitStack() as held:
         recipe = _recipe(source, samples_per_shard, name or source.name, max_shard_mb)
         with _writable(out):
-            is_complete = comm.broadcast(_prepare(out, recipe) if comm.rank == 0 else None)
+            is_complete = comm.broadcast(_prepare(out, recipe, held) if comm.rank == 0 else None)
         if is_complete:
             return
         missing = _missing(out, recipe, comm)
@@ -150,21 +153,46 @@ def _recipe(source: Source, samples_per_shard: int | None, name: str, max_shard_
     return as_stored
 
 
-def _prepare(out: Path, recipe: dict[str, Any]) -> bool:
-    """Make the folder ready to be written to; True where the set is complete."""
+def _prepare(out: Path, recipe: dict[str, Any], held: ExitStack) -> bool:
+    """Make the folder ready to be written to, by us alone as long as `held` is open; True where the set is complete."""
     work = out / WORK_FOLDER
+    _check_folder(out, recipe)
+    if not (out / INDEX_JSON).exists():
+        work.mkdir(parents=True, exist_ok=True)
+        _lock(out, held)
+        _check_folder(out, recipe)  # again: another build may have ended just before
     if (out / INDEX_JSON).exists():
-        _check_same(out, recipe, open_set(out).info, "a complete set")
         shutil.rmtree(work, ignore_errors=True)
         print(f"{out}: complete already, kept; `hpe-shards verify {out}` checks it, remove it to build it again")
         return True
-    if work.exists() and (work / _RECIPE).exists():
+    for leftover in work.glob(part.TEMPORARIES):
+        leftover.unlink(missing_ok=True)
+    files.write_json_atomic(work / _RECIPE, recipe)
+    return False
+
+
+def _check_folder(out: Path, recipe: dict[str, Any]) -> None:
+    """Raise UserError where the folder holds something else than this set, complete or not."""
+    work = out / WORK_FOLDER
+    if (out / INDEX_JSON).exists():
+        _check_same(out, recipe, open_set(out).info, "a complete set")
+    elif (work / _RECIPE).exists():
         _check_same(out, recipe, json.loads((work / _RECIPE).read_text(encoding="utf-8")), "an unfinished build")
     elif out.exists() and any(path.name != WORK_FOLDER for path in out.iterdir()):
         raise UserError(f"{out}: holds files that are no shard set; choose another --out")
-    work.mkdir(parents=True, exist_ok=True)
-    files.write_json_atomic(work / _RECIPE, recipe)
-    return False
+
+
+def _lock(out: Path, held: ExitStack) -> None:
+    """Keep other builds out until `held` is closed, or this process ends. Raises UserError where one is under way."""
+    try:
+        file = held.enter_context((out / WORK_FOLDER / _LOCK).open("w"))
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"{out}: another build is writing into it; wait for its end, or stop it, or choose another --out"
+        ) from None
+    except OSError:
+        return  # no locks on this file system; where it cannot be written to, the recipe says so
 
 
 def _check_same(out: Path, recipe: dict[str, Any], other: dict[str, Any], what: str) -> None:
@@ -201,7 +229,10 @@ def _is_written(out: Path, number: int, named: Mapping[Path, str]) -> bool:
     work = out / WORK_FOLDER
     if not _has_npz(work, number):
         return False
-    for piece, digest in enumerate(np.load(part.npz_path(work, number))["sha256"].tolist()):
+    arrays = np.load(part.npz_path(work, number))
+    if "subjects" not in arrays:  # of an earlier version
+        return False
+    for piece, digest in enumerate(arrays["sha256"].tolist()):
         tar = part.tar_path(work, number, piece)
         if not tar.exists() and tar in named:
             tar = out / named[tar]
@@ -265,28 +296,15 @@ def _write_missing(source: Source, out: Path, recipe: dict[str, Any], missing: l
 def _finish(out: Path, recipe: dict[str, Any]) -> None:
     """Merge the parts into index.npz, give the tars their names, and make the set visible."""
     work, count = out / WORK_FOLDER, len(_bounds(recipe))
-    parts = [dict(np.load(part.npz_path(work, number))) for number in range(count)]
-    first_shards = np.cumsum([0, *(len(arrays["sha256"]) for arrays in parts)])
-    for arrays, first_shard in zip(parts, first_shards.tolist(), strict=False):
-        arrays["shard"] += first_shard
-    columns = {column: np.concatenate([arrays[column] for arrays in parts]) for column in part.COLUMNS}
-    poses = {angle: np.sum([arrays[angle] for arrays in parts], axis=0) for angle in part.LOWEST_DEG}
-    keys, times = np.unique(columns["key"], return_counts=True)
-    if len(keys) < len(columns["key"]):
-        again = str(bytes(keys[np.argmax(times)]), "ascii")
-        raise UserError(f"source {recipe['source']}: key {again} comes {times.max()} times; keys must be unique")
-    subjects, numbers = np.unique(np.concatenate([columns["subject"], columns["head_subject"]]), return_inverse=True)
-    numbers = numbers.astype(np.int32)
-    arrays = {column: columns[column] for column in (*part.DTYPES, "key")}
-    arrays |= {"subject": numbers[: len(keys)], "head_subject": numbers[len(keys) :], "subjects": subjects}
+    arrays, poses, digests = _merged(work, recipe)
+    _check_keys(arrays["key"], recipe["source"])
     part.save_npz(work / INDEX_NPZ, arrays)
     os.replace(work / INDEX_NPZ, out / INDEX_NPZ)
     names = _tar_names(recipe["name"], work, count)
     for waiting, name in names.items():
         if waiting.exists():
             os.replace(waiting, out / name)
-    samples = np.bincount(columns["shard"], minlength=len(names)).tolist()
-    digests = [digest for found in parts for digest in found["sha256"].tolist()]
+    samples = np.bincount(arrays["shard"], minlength=len(names)).tolist()
     tars = [
         {"file": name, "samples": count, "bytes": (out / name).stat().st_size, "sha256": digest}
         for name, count, digest in zip(names.values(), samples, digests, strict=True)
@@ -297,6 +315,50 @@ def _finish(out: Path, recipe: dict[str, Any]) -> None:
     os.replace(work / INDEX_JSON, out / INDEX_JSON)
     _sync(out)
     shutil.rmtree(work, ignore_errors=True)
+
+
+def _merged(work: Path, recipe: dict[str, Any]) -> tuple[Arrays, Arrays, list[str]]:
+    """The set's arrays, its histogram of poses, and the hashes of its tars.
+
+    Two passes over the parts: what is large is written into its place once.
+    """
+    bounds = _bounds(recipe)
+    paths = [part.npz_path(work, number) for number in range(len(bounds))]
+    tables, heads, key_bytes = [], [0], 1
+    for path in paths:
+        found = np.load(path)
+        tables.append(found["subjects"])
+        heads.append(heads[-1] + len(found["head_subject"]))
+        key_bytes = max(key_bytes, found["key"].itemsize)
+    subjects = np.unique(np.concatenate(tables))
+    samples = recipe["samples"]
+    arrays: Arrays = {column: np.empty(samples, dtype) for column, dtype in part.DTYPES.items()}
+    arrays |= {"key": np.empty(samples, f"S{key_bytes}"), "subject": np.empty(samples, np.int32)}
+    arrays |= {"head_subject": np.empty(heads[-1], np.int32), "subjects": subjects}
+    poses: Arrays = {}
+    digests: list[str] = []
+    for path, rows, head_rows, table in zip(paths, bounds, pairwise(heads), tables, strict=True):
+        found = np.load(path)
+        for column in (*part.DTYPES, "key"):
+            arrays[column][slice(*rows)] = found[column]
+        arrays["shard"][slice(*rows)] += len(digests)
+        numbers = np.searchsorted(subjects, table).astype(np.int32)
+        arrays["subject"][slice(*rows)] = numbers[found["subject"]]
+        arrays["head_subject"][slice(*head_rows)] = numbers[found["head_subject"]]
+        poses = {angle: poses.get(angle, 0) + found[angle] for angle in part.LOWEST_DEG}
+        digests += found["sha256"].tolist()
+    return arrays, poses, digests
+
+
+def _check_keys(keys: np.ndarray, source: str) -> None:
+    """Raise UserError where a key comes twice."""
+    keys = np.sort(keys)
+    again = np.flatnonzero(keys[1:] == keys[:-1])
+    if len(again):
+        names, times = np.unique(keys[again], return_counts=True)
+        worst = int(np.argmax(times))
+        name = str(bytes(names[worst]), "ascii")
+        raise UserError(f"source {source}: key {name} comes {times[worst] + 1} times; keys must be unique")
 
 
 def _sync(folder: Path) -> None:
@@ -312,7 +374,7 @@ def _info(recipe: dict[str, Any], arrays: Arrays, poses: Arrays, tars: list[dict
         "samples": len(arrays["key"]),
         "heads": int(arrays["n_heads"].sum()),
         "objects": int(arrays["n_objects"].sum()),
-        "subjects": len(set(arrays["subjects"].tolist()) - {b""}),
+        "subjects": int(np.count_nonzero(arrays["subjects"] != b"")),
         "shards": len(tars),
         "bytes": sum(tar["bytes"] for tar in tars),
     }

@@ -1,7 +1,6 @@
 #!/bin/bash
 # Builds or checks shard sets: sbatch [options] slurm/shards.sh build SOURCE … --out DIR
 #SBATCH --job-name=hpe-shards
-#SBATCH --nodes=1
 #SBATCH --ntasks=32            # one task per CPU; the bytes do not depend on how many
 #SBATCH --cpus-per-task=1
 #SBATCH --time=8:00:00

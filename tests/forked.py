@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ports import next_port
+
 from launcher.errors import EXIT_STOPPED
-from launcher.world import free_port
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
@@ -26,7 +27,7 @@ class Ranks:
     """`size` ranks at work(*arguments), their environment as torchrun sets it; `said` is the file for their output."""
 
     def __init__(self, size: int, work: Callable[..., int | None], *arguments: Any, said: Path) -> None:
-        port = free_port()
+        port = next_port()
         self._said = said
         said.write_text("")
         worlds = [
@@ -56,10 +57,10 @@ class Ranks:
         failed = [code for code in codes if code not in (None, 0, EXIT_STOPPED)]
         if failed:
             self.kill()
-            return failed[0]
+            return min(failed)  # a signal, which is negative, before what it made of the others
         return None if None in codes else max(code or 0 for code in codes)
 
-    def wait(self, timeout_s: float = 240.0) -> int:
+    def wait(self, timeout_s: float = 500.0) -> int:
         """The exit code."""
         deadline_s = time.monotonic() + timeout_s
         while (code := self.poll()) is None:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.world import free_port
+from ports import next_port
 
 _PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch")
 _PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
@@ -163,7 +163,7 @@ def _start(root: Path, env: dict[str, str]) -> None:
     host = socket.gethostname().split(".")[0]
     first_job = random.randrange(1, 9000)  # ranks take their port from it, and another private Slurm may run beside
     (root / "slurm.conf").write_text(
-        _CONF.format(root=root, host=host, ports=[free_port() for _ in range(3)], first_job=first_job)
+        _CONF.format(root=root, host=host, ports=[next_port() for _ in range(3)], first_job=first_job)
     )
     (root / "gres.conf").write_text(f"NodeName=node[1-2] Name=gpu File={root}/dev/nvidia[0-1]\n")
     run = root / "run"

@@ -1,7 +1,8 @@
 """Questions on images to answers: greedy text, and on request the expected pose behind its digits."""
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -35,11 +36,15 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Answer:
-    """Greedy text; with expectation decoding, for a valid pose, also the expected pose and a confidence in 0..1."""
+    """Greedy text; with expectation decoding, for a valid pose, also the expected pose and a confidence in 0..1.
+
+    `cut`: the text was ended by our limit, not by the model.
+    """
 
     text: str
     pose_deg: tuple[float, float, float] | None = None
     confidence: float | None = None
+    cut: bool = False
 
 
 def answer(
@@ -71,7 +76,10 @@ def answer(
     with torch.no_grad():
         prefix = encode(loaded, pixel_values) if prefix is None else prefix
         tokens = greedy(model, prefix, image_index, prompts, limits, comm)
-        answers = [Answer(tokenizer.decode(ids, skip_special_tokens=True).strip()) for ids in tokens]
+        answers = [
+            Answer(tokenizer.decode(ids, skip_special_tokens=True).strip(), cut=len(ids) >= limit)
+            for ids, limit in zip(tokens, limits, strict=True)
+        ]
         if decoding.decode == "expectation":
             _expect(loaded, prefix, image_index, prompts, tokens, answers)
     return answers
@@ -110,7 +118,9 @@ def _expect(
     poses = [
         row
         for row, (ids, given) in enumerate(zip(tokens, answers, strict=True))
-        if dialogue.parse(given.text, "offset").kind == "pose" and len(find_numbers(ids, 0, digits)) == 3
+        if dialogue.parse(given.text, "offset").kind == "pose"
+        and [len(number) for number in re.findall(r"\d+", given.text)] == [3, 3, 3]  # 0180 is a pose, and no such code
+        and len(find_numbers(ids, 0, digits)) == 3
     ]
     if not poses:
         return
@@ -123,7 +133,8 @@ def _expect(
         digits,
     )
     for row, probabilities in zip(poses, found.cpu().double().numpy(), strict=True):
-        answers[row] = Answer(answers[row].text, *expected_pose(probabilities))
+        pose_deg, confidence = expected_pose(probabilities)
+        answers[row] = replace(answers[row], pose_deg=pose_deg, confidence=confidence)
 
 
 def expected_pose(probabilities: np.ndarray) -> tuple[tuple[float, float, float], float]:

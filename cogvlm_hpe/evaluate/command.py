@@ -23,7 +23,7 @@ EPILOG = """starting it
 then `cogvlm-hpe report OUT…` compares. docs/evaluation.md says more."""
 TASKS = ("pose", "where", "what", "facing", "tags")
 _SAID_OF_MODELS = ("scope", "answer_format", "prompts", "base_fingerprint", "merge")
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+DTYPES, DTYPES_HELP = ("auto", "fp32", "bf16"), "auto: bf16 on a GPU, else fp32"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=int, default=0, metavar="N", help="reader processes per rank (default: %(default)s)")
     add("--threads", type=positive, default=1, metavar="N", help="of a rank; sums depend on it (default: %(default)s)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU per rank if there is one")
-    add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on a GPU, else fp32")
+    add("--dtype", choices=DTYPES, default="auto", help=DTYPES_HELP)
     add("--tokenizer", type=Path, metavar="DIR", help="where neither the base nor the adapter knows it")
     add(
         "--resume", action="store_true",
@@ -99,11 +99,14 @@ def run(args: argparse.Namespace) -> int:
 
     comm = comms.mpi()
     torch.set_num_threads(args.threads)
-    if args.resume and all(_is_finished(out) for _, out, _ in jobs):
+    shard_set, finished = open_set(args.shards), [job for job in jobs if args.resume and _is_finished(job[1])]
+    if comm.rank == 0:
+        _check_finished(args, finished, shard_set)
+    if len(finished) == len(jobs):
         if comm.rank == 0:
             print(f"{args.out}: finished before, kept")
         return 0
-    _judge(args, jobs, open_set(args.shards), comm)
+    _judge(args, jobs, shard_set, comm)
     return 0
 
 
@@ -143,26 +146,27 @@ def _judge(
     args: argparse.Namespace, jobs: Sequence[tuple[Path | None, Path, str]], shard_set: "ShardSet", comm: "Comm"
 ) -> None:
     """All ranks. Every system of `jobs` on one set, in one pass over its images."""
-    from cogvlm_hpe.evaluate import reduce, unfinished
-    from cogvlm_hpe.evaluate.answer import Decoding
+    from cogvlm_hpe.evaluate import identity, reduce, unfinished
     from cogvlm_hpe.evaluate.decode import decode_all
+    from cogvlm_hpe.evaluate.summary import is_aflw2000
 
     start_s = time.time()
     device = device_of(args.device)
     systems, dtype = _load(args, [adapter for adapter, _, _ in jobs], device)
-    decoding = Decoding(args.max_new_tokens, args.questions, args.decode)
-    work = unfinished.begin(args.out, _identity(args, jobs, dtype, decoding, shard_set), args.resume, comm)
+    decoding = _decoding(args)
+    inputs = [identity.inputs_of(args.model, adapter) for adapter, _, _ in jobs] if comm.rank == 0 else []
+    settings = _settings(args, dtype, decoding, shard_set)
+    whole = settings | {"--model, --adapter or --with-base": inputs, "--name": [name for _, _, name in jobs]}
+    work = unfinished.begin(args.out, whole, args.resume, comm)
     names = [name for _, _, name in jobs]
     with work.watch(args.rank_timeout):
         rows, n_images = decode_all(
             systems, shard_set, comm, args.tasks, decoding, batch=args.batch, limit=args.limit, workers=args.workers,
             description=names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more", unfinished=work,
         )  # fmt: skip
-    place = str(args.shards.absolute()) if shard_set.remote is None else shard_set.place
-    facts = {"device": device, "model": str(Path(args.model).resolve()), "shards": place}
     if rows is None:
         return
-    for (adapter, out, name), system, own in zip(jobs, systems, rows, strict=True):
+    for (adapter, out, name), system, own, made_of in zip(jobs, systems, rows, inputs, strict=True):
         if _is_finished(out):
             continue
         if not own:
@@ -171,28 +175,39 @@ def _judge(
             raise UserError(f"{args.shards}: {said}")
         header = {
             "system": name,
-            "set": {key: shard_set.info.get(key) for key in ("name", "source", "split")} | {"images": n_images},
+            "set": {key: shard_set.info.get(key) for key in ("name", "source", "split")}
+            | {"images": n_images, "digest": shard_set.digest},
             "model": {key: system.notes.get(key) for key in _SAID_OF_MODELS},
+            "inputs": made_of,
             "decoding": {"dtype": dtype, "batch": args.batch, **vars(decoding)},
         }
-        run_facts = reduce.run_facts(comm, args.threads, start_s, **facts, adapter=adapter and str(adapter.resolve()))
-        show(reduce.write_result(out, own, header, run_facts), out)
+        facts = reduce.run_facts(comm, args.threads, start_s, device=device, **_paths(args, adapter, shard_set))
+        run = identity.kept_job(settings | _own_job(name, made_of), facts)
+        show(reduce.write_result(out, own, header, run, is_aflw2000(shard_set.info)), out)
     work.remove()
 
 
-def _identity(
-    args: argparse.Namespace,
-    jobs: Sequence[tuple[Path | None, Path, str]],
-    dtype: str,
-    decoding: "Decoding",
-    shard_set: "ShardSet",
-) -> dict[str, Any]:
-    """What must not change between the parts of one evaluation; a `last` may by then point at another checkpoint."""
+def _check_finished(
+    args: argparse.Namespace, finished: Sequence[tuple[Path | None, Path, str]], shard_set: "ShardSet"
+) -> None:
+    """Raise UsageError where a result that is there already is not that of its job."""
+    from cogvlm_hpe.evaluate import identity
+
+    for adapter, out, name in finished:
+        settings = _settings(args, _dtype(args, device_of(args.device)), _decoding(args), shard_set)
+        job = settings | _own_job(name, identity.inputs_of(args.model, adapter))
+        identity.check_finished(out, job)
+
+
+def _settings(args: argparse.Namespace, dtype: str, decoding: "Decoding", shard_set: "ShardSet") -> dict[str, Any]:
+    """What must not change between the parts of one evaluation, beside its models."""
+    from cogvlm_hpe.model.tokenizer import find_tokenizer
+    from launcher.files import sha256
+
+    tokenizer = find_tokenizer(args.tokenizer) if args.tokenizer else None
     return {
-        "--model": str(Path(args.model).resolve()),
-        "--adapter or --with-base": [adapter and str(adapter.resolve()) for adapter, _, _ in jobs],
-        "--tokenizer": args.tokenizer and str(args.tokenizer.absolute()),
-        "--shards": [str(args.shards.absolute()), len(shard_set)],
+        "--tokenizer": tokenizer and sha256(tokenizer),
+        "--shards": shard_set.digest,
         "--tasks": args.tasks,
         "--limit": args.limit,
         "--batch": args.batch,
@@ -202,25 +217,53 @@ def _identity(
     }
 
 
+def _own_job(name: str, inputs: dict[str, str]) -> dict[str, Any]:
+    return {"--name": name, "--model or --adapter": inputs}
+
+
+def _paths(args: argparse.Namespace, adapter: Path | None, shard_set: "ShardSet") -> dict[str, str | None]:
+    place = str(args.shards.absolute()) if shard_set.remote is None else shard_set.place
+    own = str(adapter.resolve()) if adapter else None
+    return {"model": str(Path(args.model).resolve()), "shards": place, "adapter": own}
+
+
+def _decoding(args: argparse.Namespace) -> "Decoding":
+    from cogvlm_hpe.evaluate.answer import Decoding
+
+    return Decoding(args.max_new_tokens, args.questions, args.decode)
+
+
+def _dtype(args: argparse.Namespace, device: str) -> str:
+    """The number format; of a crop network always fp32."""
+    from cogvlm_hpe.evaluate.baselines import cnn, sixdrepnet
+
+    if cnn.is_cnn(Path(args.model)) or sixdrepnet.is_sixdrepnet(Path(args.model)):
+        return "fp32"
+    return dtype_of(args.dtype, device)
+
+
+def dtype_of(wanted: str, device: str) -> str:
+    """`fp32` or `bf16`; of `auto` the one that suits the device."""
+    return wanted if wanted != "auto" else "fp32" if device == "cpu" else "bf16"
+
+
 def _load(
     args: argparse.Namespace, adapters: Sequence[Path | None], device: str
 ) -> "tuple[Sequence[Loaded | CropJudged], str]":
     """The systems to judge, and their number format."""
-    import torch
-
     from cogvlm_hpe.evaluate.baselines import cnn, sixdrepnet
-    from cogvlm_hpe.model.load import load, load_several
+    from cogvlm_hpe.model import load as loading
 
     for known, read in ((cnn.is_cnn, cnn.load_judged), (sixdrepnet.is_sixdrepnet, sixdrepnet.load_judged)):
         if known(Path(args.model)):
             if args.adapter:
                 raise UsageError(f"--adapter {args.adapter[0]}: {args.model} is a crop network, which takes none")
             return [read(Path(args.model), device)], "fp32"
-    dtype = args.dtype if args.dtype != "auto" else "fp32" if device == "cpu" else "bf16"
-    how: dict[str, Any] = {"device": device, "dtype": getattr(torch, _DTYPES[dtype]), "tokenizer": args.tokenizer}
+    dtype = _dtype(args, device)
+    how: dict[str, Any] = {"device": device, "dtype": loading.DTYPES[dtype], "tokenizer": args.tokenizer}
     if len(adapters) < 2:
-        return [load(args.model, adapters[0], **how)], dtype
-    return load_several(args.model, adapters, **how), dtype
+        return [loading.load(args.model, adapters[0], **how)], dtype
+    return loading.load_several(args.model, adapters, **how), dtype
 
 
 def device_of(wanted: str) -> str:

@@ -4,6 +4,7 @@ A row is what becomes one line of predictions.jsonl. A pose is asked of every la
 visible; boxes are pixels of the stored image.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -34,6 +35,7 @@ System: TypeAlias = "Loaded | CropJudged"
 """Who can be judged: a language model, or a network on head crops."""
 
 _DIGITS = 4
+_MOST_PLACES = 4  # for answers, of all images together, for each question that may be decoded at once
 
 
 def questions(key: str, record: Record, tasks: Sequence[Task], notes: dict[str, Any]) -> list[Row]:
@@ -79,10 +81,11 @@ def judge(row: Row, given: Answer, answer_format: dialogue.AnswerFormat) -> Row:
 
     An expected pose, where the answer has one, counts instead of the text's, and its confidence is kept. Errors are
     null where there is nothing to measure: a pose question answered by anything but a valid pose, a box question by
-    anything but valid boxes (the first one counts).
+    anything but valid boxes (the first one counts). Of boxes that our limit on tokens has cut the whole ones count.
     """
     text, extra = given.text, {} if given.confidence is None else {"confidence": round(given.confidence, _DIGITS)}
-    parsed = dialogue.parse(text, answer_format)
+    is_cut_box = given.cut and row["task"] == "where"
+    parsed = dialogue.parse(dialogue.whole_boxes(text) if is_cut_box else text, answer_format)
     value: Any = None
     errors: dict[str, Any] | None = None
     if row["task"] == "pose" and parsed.pose_deg is not None:
@@ -117,14 +120,14 @@ def decode_systems(
     systems: Sequence[System], items: Sequence[Item], tasks: Sequence[Task], decoding: Decoding
 ) -> list[list[Row]]:
     """`decode_batch` of each system. Adapters of scope `text` on one base share the work on the images."""
-    asked = [_asked(system, items, tasks) for system in systems]
+    parts = [_parts(_asked(system, items, tasks), decoding.questions) for system in systems]
     rows: list[list[Row]] = [[] for _ in systems]
-    for start in range(0, max(map(len, asked)), decoding.questions):
+    for turn in range(max(map(len, parts))):
         prefixes: dict[int, Any] = {}
-        for system, about, done in zip(systems, asked, rows, strict=True):
-            part = about[start : start + decoding.questions]
-            if not part:
+        for system, own, done in zip(systems, parts, rows, strict=True):
+            if turn >= len(own):
                 continue
+            part = own[turn]
             if isinstance(system, CropJudged):
                 answers = system.answers(items, part)
             else:
@@ -141,6 +144,23 @@ def _asked(system: System, items: Sequence[Item], tasks: Sequence[Task]) -> list
         if item.record is not None
         for row in questions(item.key, item.record, _asked_of(system, tasks), system.notes)
     ]
+
+
+def _parts(asked: Sequence[tuple[int, Row]], questions: int) -> list[list[tuple[int, Row]]]:
+    """What is decoded at once, in order: at most so many questions.
+
+    Every image has memory for as many answers as the one with most: a crowd goes apart from many images of one head.
+    """
+    parts: list[list[tuple[int, Row]]] = []
+    counts: Counter[int] = Counter()
+    for number, row in asked:
+        counts[number] += 1
+        too_wide = len(counts) * max(counts.values()) > _MOST_PLACES * questions
+        if not parts or len(parts[-1]) == questions or too_wide:
+            parts.append([])
+            counts = Counter([number])
+        parts[-1].append((number, row))
+    return parts
 
 
 def _answers(

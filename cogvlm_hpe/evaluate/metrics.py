@@ -171,10 +171,10 @@ def _resampled(statistic: Callable[[NDArray[np.int64]], Array], n: int, resample
 
 
 def bin_masks(values: Array, edges: Sequence[float]) -> list[tuple[float, float, NDArray[np.bool_]]]:
-    """(low, high, mask) of each bin [low, high); the last one keeps its upper edge."""
+    """(low, high, mask) of each bin [low, high); the last takes all above: a head may be higher than its image."""
     values = np.asarray(values, dtype=float)
     last = len(edges) - 2
     return [
-        (low, high, (values >= low) & ((values <= high) if i == last else (values < high)))
+        (low, high, (values >= low) & (True if i == last else values < high))
         for i, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True))
     ]

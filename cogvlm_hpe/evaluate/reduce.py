@@ -39,13 +39,15 @@ def collect(parts: Sequence[tuple[int, list[T]]], n_batches: int, comm: Comm) ->
     return [row for _, rows in ordered for row in rows]
 
 
-def write_result(out: Path, rows: Sequence[Row], header: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
+def write_result(
+    out: Path, rows: Sequence[Row], header: dict[str, Any], run: dict[str, Any], aflw2000: bool = False
+) -> dict[str, Any]:
     """Write predictions.jsonl, metrics.json, run.json and a TensorBoard log as one finished folder; the metrics.
 
     `header` says what was judged (system, set, decoding) and goes into metrics.json: no times, hosts or ranks. Those
-    belong into `run`. Raises UserError if `out` exists.
+    belong into `run`; `aflw2000` as `summarise` has it. Raises UserError if `out` exists.
     """
-    result = header | {"tasks": summarise(rows)}
+    result = header | {"tasks": summarise(rows, aflw2000)}
     with atomic_folder(out) as folder:
         with (folder / PREDICTIONS).open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows)

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--out", type=Path, default=Path(), metavar="DIR",
-        help="where report.md, report.html and report/ go (default: here)",
+        help="where report.md, report.html and report/ go (default: the current folder, not RUN)",
     )  # fmt: skip
     parser.add_argument(
         "--systems", type=Path, metavar="FILE",

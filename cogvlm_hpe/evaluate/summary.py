@@ -4,8 +4,9 @@ A row is one line of predictions.jsonl: `{id, task, key, …, truth, text, kind,
 out: every share is of all questions, and `all` charges an answer that is no pose with the constant pose's error.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,13 +26,23 @@ _NARROW_DEG = 90.0
 _AFLW2000_DEG = 99.0
 
 
-def summarise(rows: Iterable[Row]) -> dict[str, Any]:
-    """Scores per task: `{"pose": …, "where": …, "what": …, "facing": …, "tags": …}` for the tasks that were asked."""
+def is_aflw2000(info: Mapping[str, Any]) -> bool:
+    """Whether a set, by its index.json, is AFLW2000 without the faces that published numbers leave out."""
+    scope = info.get("scope") or {}
+    return info.get("source") == "aflw2000" and bool(scope.get("max_angle_deg", np.inf) <= _AFLW2000_DEG)
+
+
+def summarise(rows: Iterable[Row], aflw2000: bool = False) -> dict[str, Any]:
+    """Scores per task: `{"pose": …, "where": …, "what": …, "facing": …, "tags": …}` for the tasks that were asked.
+
+    aflw2000: the protocol of that name is the whole set, which was chosen by the angles in its files. Those of the
+    stored rotations are other ones where the file's pitch is beyond 90 degrees.
+    """
     by_task: dict[str, list[Row]] = {}
     for row in rows:
         by_task.setdefault(row["task"], []).append(row)
-    scorers = {
-        "pose": _pose_scores,
+    scorers: dict[str, Callable[[list[Row]], dict[str, Any]]] = {
+        "pose": partial(_pose_scores, aflw2000=aflw2000),
         "where": _where_scores,
         "what": _exact_scores,
         "facing": _exact_scores,
@@ -58,7 +69,7 @@ def charged_triples(rows: Sequence[Row]) -> tuple[Array, Array]:
     return np.where(np.isnan(predicted), constant, predicted), constant
 
 
-def _pose_scores(rows: list[Row]) -> dict[str, Any]:
+def _pose_scores(rows: list[Row], aflw2000: bool) -> dict[str, Any]:
     groups = [row["key"] for row in rows]
     truth, predicted = pose_triples(rows, "truth"), pose_triples(rows, "parsed")
     charged, constant = charged_triples(rows)
@@ -76,7 +87,7 @@ def _pose_scores(rows: list[Row]) -> dict[str, Any]:
             "pose": dict(zip(ANGLES, constant.tolist(), strict=True)),
             **_errors(np.broadcast_to(constant, truth.shape), truth, groups),
         },
-        "protocols": _protocols(charged, truth, valid, groups),
+        "protocols": _protocols(charged, truth, valid, groups, aflw2000),
         "aligned": _aligned(predicted[valid], truth[valid], _chosen(groups, valid)),
         "front_back": _front_back(predicted, truth),
         "by_yaw": _bins(np.abs(truth[:, 0]), metrics.YAW_EDGES_DEG, error, floor, groups),
@@ -84,13 +95,13 @@ def _pose_scores(rows: list[Row]) -> dict[str, Any]:
     }
 
 
-def _protocols(charged: Array, truth: Array, valid: Mask, groups: list[str]) -> dict[str, Any]:
+def _protocols(charged: Array, truth: Array, valid: Mask, groups: list[str], aflw2000: bool) -> dict[str, Any]:
     """Errors on the parts of a set that published numbers are about; all of it is DirectMHP's `full`."""
     yaw = np.abs(truth[:, 0])
     parts = {
         "narrow": yaw < _NARROW_DEG,
         "backward": yaw > _NARROW_DEG,
-        "aflw2000": np.abs(truth).max(axis=1) <= _AFLW2000_DEG,
+        "aflw2000": np.full(len(truth), True) if aflw2000 else np.abs(truth).max(axis=1) <= _AFLW2000_DEG,
     }
     return {
         name: {

@@ -67,9 +67,13 @@ class System:
         """Mean of `hits`; the interval is from resampling images."""
         return metrics.bootstrap_mean(self.hits, [row["key"] for row in self.runs[0].rows_of("where")])
 
-    def ids(self, task: str) -> list[str]:
-        """Which heads or objects it was asked about."""
-        return [row["id"] for row in self.runs[0].rows_of(task)]
+    def asked(self, task: str) -> list[tuple[Any, ...]]:
+        """About which heads or objects it was asked, and what is true of them; about objects also in which words.
+
+        A head's question holds a prompt that each system has of its own; an object is named by the question alone.
+        """
+        keys = ("id", "question", "truth") if task == "where" else ("id", "truth")
+        return [tuple(row.get(key) for key in keys) for row in self.runs[0].rows_of(task)]
 
     def has(self, task: str) -> bool:
         """Whether it was asked so."""
@@ -83,7 +87,8 @@ def systems_of(results: Sequence[Result]) -> list[System]:
         grouped.setdefault((result.set_name, result.system), []).append(result)
     systems = []
     for (_, name), runs in grouped.items():
-        asked = {repr([(row["id"], row["task"]) for row in run.rows]) for run in runs} if len(runs) > 1 else set()
+        keys = ("id", "task", "truth")
+        asked = {repr([[row[key] for key in keys] for row in run.rows]) for run in runs} if len(runs) > 1 else set()
         if len(asked) > 1:
             systems += [System(run.name, (run,)) for run in runs]
         else:
@@ -208,19 +213,19 @@ def in_short(results: Sequence[Result]) -> dict[str, str]:
 def compare(a: System, b: System | None) -> Estimate | None:
     """Mean of a's geodesic error minus b's on the same heads, with its interval; `b` None: against the constant pose.
 
-    None where the two were not judged on the same heads.
+    None where the two were not judged on the same heads and labels.
     """
     groups = [row["key"] for row in a.runs[0].pose_rows]
     if b is None:
         return metrics.paired_difference(a.geodesic_deg, a.runs[0].constant_deg, groups)
-    if a.ids("pose") != b.ids("pose"):
+    if a.asked("pose") != b.asked("pose"):
         return None
     return metrics.paired_difference(a.geodesic_deg, b.geodesic_deg, groups)
 
 
 def forgotten(a: System, b: System) -> Estimate | None:
-    """Share of objects that a finds minus b's, on the same ones, with its interval; None where they differ."""
-    if not a.ids("where") or a.ids("where") != b.ids("where"):
+    """Share of objects that a finds minus b's, of the same ones in the same words, with its interval; or None."""
+    if not a.has("where") or a.asked("where") != b.asked("where"):
         return None
     return metrics.paired_difference(a.hits, b.hits, [row["key"] for row in a.runs[0].rows_of("where")])
 
@@ -237,7 +242,8 @@ def comparison_table(results: Sequence[Result]) -> tuple[list[str], list[list[st
             rows.append([name, system.name, CONSTANT, difference(compare(system, None)), "–"])
             for other in _others(posed, place):
                 objects = forgotten(system, other)
-                lost = difference(objects, scale=100.0, unit=" %", better=1) if objects else "–"
+                both = system.has("where") and other.has("where")
+                lost = difference(objects, scale=100.0, unit=" %", better=1) if both else NOTHING
                 rows.append([name, system.name, other.name, difference(compare(system, other)), lost])
     return ["set", "system", "against", "pose", "grounding"], rows
 
@@ -254,7 +260,7 @@ def _others(systems: Sequence[System], place: int) -> list[System]:
 def difference(estimate: Estimate | None, scale: float = 1.0, unit: str = "", better: int = -1) -> str:
     """`-5.2 [-7.0, -3.1]: better`; `better` is the sign that is."""
     if estimate is None:
-        return "other heads"
+        return "other questions"
     mean, low, high = (scale * value for value in (estimate.mean, estimate.low, estimate.high))
     sign = 1 if low > 0 else -1 if high < 0 else 0
     verdict = "no clear difference" if not sign else "better" if sign == better else "worse"

@@ -52,7 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     _add_layerwise(parser)
     add("--t", f"slerp: 0 is the first adapter, 1 the second (default: {default.t})", type=float)
-    add("--density", "share of each layer's elements that stays", type=float, metavar="D")
+    add(
+        "--density", "share of each layer's elements that stays; needed by methods on single elements",
+        type=float, metavar="D",
+    )  # fmt: skip
     add("--gamma", f"breadcrumbs: share of largest elements that goes (default: {default.gamma})", type=float)
     add("--seed", f"dare: which elements are dropped (default: {default.seed})", type=int, metavar="N")
     add("--rank", "nearest adapter of this rank, what it loses is reported", type=int, metavar="N")

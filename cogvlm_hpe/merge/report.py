@@ -114,7 +114,7 @@ def tensorboard(folder: Path, text: str) -> None:
 
     picture = Summary.Image(encoded_image_string=(folder / "heatmap.png").read_bytes())
     summaries = [Summary(value=[Summary.Value(tag="merge/heatmap", image=picture)]), text_summary("merge/layers", text)]
-    (folder / "tensorboard").mkdir()
+    (folder / "tensorboard").mkdir(exist_ok=True)  # a merge that was killed right here goes on in the same folder
     with (folder / "tensorboard" / "events.out.tfevents.merge").open("wb") as file:
         writer = RecordWriter(file)
         writer.write(Event(file_version="brain.Event:2").SerializeToString())

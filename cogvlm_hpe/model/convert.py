@@ -1,7 +1,7 @@
 """Checkpoints and adapters from one form into the other, a tensor at a time; what is written is whole or not there."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cogvlm_hpe.merge.base import Base, check_fingerprint
-from cogvlm_hpe.merge.factors import Factors, read_adapter, write_adapter
+from cogvlm_hpe.merge.factors import SCOPE, Factors, read_adapter, write_adapter, write_notes
 from cogvlm_hpe.merge.methods import LowRank
 from cogvlm_hpe.model import sat
 from cogvlm_hpe.model.architecture import KEYS
 from cogvlm_hpe.model.fingerprint import fingerprint_of
-from cogvlm_hpe.model.folders import ADAPTER_CONFIG, HF_CONFIG, SAT_CONFIG, base_of, is_adapter
+from cogvlm_hpe.model.folders import ADAPTER_CONFIG, HF_CONFIG, NOTES_FILE, SAT_CONFIG, base_of, is_adapter, read_json
 from cogvlm_hpe.model.pickled import save_entries
 from cogvlm_hpe.model.sat_lora import adapter_like, factors_of, pairs_of
 from cogvlm_hpe.model.sat_weights import LATEST, SatWeights, rank_file
@@ -40,6 +40,7 @@ class Source:
     weights: Weights
     factors: Factors = field(default_factory=dict)
     is_peft: bool = False  # the factors come from a peft adapter folder, not from a SAT checkpoint
+    notes: Mapping[str, Any] = field(default_factory=dict)  # hpe.json of the LoRA: its prompts, format of answers, …
 
 
 def open_source(folder: Path, base: Path | None, alpha: float) -> Source:
@@ -56,7 +57,9 @@ def open_source(folder: Path, base: Path | None, alpha: float) -> Source:
     else:
         opened = Base(folder)
         lora = opened.weights.lora_parts() if isinstance(opened.weights, SatWeights) else {}
-        source = Source(opened.weights, factors_of(lora, alpha) if lora else {})
+        notes_file = opened.path / NOTES_FILE
+        notes = read_json(notes_file) if lora and notes_file.is_file() else {}
+        source = Source(opened.weights, factors_of(lora, alpha) if lora else {}, notes=notes)
         opened.check(source.factors)
     check_tensors(source.weights, empty_model(source.weights.config, torch.float32))
     return source
@@ -72,7 +75,7 @@ def _open_adapter(folder: Path, base: Path) -> Source:
     opened = Base(base)
     check_fingerprint(opened, adapter)
     opened.check(adapter.factors)
-    return Source(opened.weights, adapter.factors, is_peft=True)
+    return Source(opened.weights, adapter.factors, is_peft=True, notes=adapter.hpe)
 
 
 def write_adapter_only(source: Source, out: Path, alpha: float) -> None:
@@ -84,7 +87,15 @@ def write_adapter_only(source: Source, out: Path, alpha: float) -> None:
 
 def _put_adapter(folder: Path, source: Source, base: Path, alpha: float) -> None:
     like = adapter_like(source.weights.folder, fingerprint_of(source.weights), alpha)
-    write_adapter(folder, source.factors, like, base)
+    write_adapter(folder, source.factors, replace(like, hpe={**source.notes, **like.hpe}), base)
+
+
+def _finish(folder: Path, source: Source) -> None:
+    """What lies beside the weights; how a LoRA is spoken to, in the weights now or unmerged, wins over its base's."""
+    copy_companions(source.weights.folder, folder)
+    if source.notes:
+        said = {key: value for key, value in source.notes.items() if key != "base_fingerprint"}
+        write_notes(folder, said | {SCOPE: "all"})
 
 
 def write_hf(source: Source, out: Path, max_shard_bytes: int, alpha: float) -> None:
@@ -97,7 +108,7 @@ def write_hf(source: Source, out: Path, max_shard_bytes: int, alpha: float) -> N
     with atomic_folder(out) as folder:
         _write_shards(weights, folder, max_shard_bytes)
         write_json_atomic(folder / HF_CONFIG, hf_config(weights))
-        copy_companions(weights.folder, folder)
+        _finish(folder, source)
         if source.factors:
             (folder / ADAPTER_FOLDER).mkdir()
             _put_adapter(folder / ADAPTER_FOLDER, source, out.resolve(), alpha)
@@ -189,7 +200,7 @@ def write_sat(source: Source, out: Path, mp_size: int) -> None:
             for mp_rank, entries in enumerate(ranks):
                 save_entries(folder / "1" / rank_file(mp_rank), "module", entries, bar.advance)
         write_json_atomic(folder / SAT_CONFIG, config)
-        copy_companions(weights.folder, folder)
+        _finish(folder, source)
         (folder / LATEST).write_text("1", encoding="utf-8")
 
 
@@ -243,7 +254,7 @@ def check_mp(weights: Weights, mp_size: int) -> None:
 
 def merged(source: Source) -> Source:
     """The same with the LoRA added to the weights as they are read."""
-    return Source(TunedWeights(source.weights, LowRank(source.factors)))
+    return Source(TunedWeights(source.weights, LowRank(source.factors)), notes=source.notes)
 
 
 def _tensor_bytes(weights: Weights, name: str) -> int:

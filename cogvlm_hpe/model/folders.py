@@ -41,8 +41,11 @@ def base_of(adapter: str | Path) -> Path:
 def read_notes(folder: str | Path) -> dict[str, Any]:
     """`hpe.json` of a folder over the defaults of a bare base. Raises UserError."""
     path = Path(folder) / NOTES_FILE
-    notes = {"scope": "all", "answer_format": "offset", "prompts": dict(DEFAULT_PROMPTS)}
-    return notes | read_json(path) if path.is_file() else notes
+    notes: dict[str, Any] = {"scope": "all", "answer_format": "offset", "prompts": dict(DEFAULT_PROMPTS)}
+    if path.is_file():
+        notes |= read_json(path)
+        notes["prompts"] = {**DEFAULT_PROMPTS, **notes["prompts"]}  # a file may hold those that are its own alone
+    return notes
 
 
 def tokenizer_folder(base: Path, notes: dict[str, Any]) -> Path:

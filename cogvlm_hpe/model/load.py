@@ -2,6 +2,7 @@
 
 import copy
 import re
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -113,17 +114,32 @@ def load(
     """A base, an adapter folder (it names its base), or a base with `adapter` on it; in evaluation mode.
 
     `tokenizer` is its folder where that is neither the base's nor the one the adapter names. Raises UserError where a
-    folder is missing, or an adapter was made on another base.
+    folder is missing, or an adapter was made on another base. Of a SAT folder with an unmerged LoRA it is the base,
+    with a warning.
     """
     if adapter is None and is_adapter(name):
         adapter, name = name, base_of(name)
     folder = resolve_base(name)
+    if adapter is None:
+        _warn_of_lora(folder)
     model = load_base(folder, dtype, device)
     notes = read_notes(folder if adapter is None else adapter)
     if adapter is not None:
         put_adapter(model, Path(adapter), folder, notes)
     where = tokenizer or tokenizer_folder(folder, notes)
     return Loaded(model.to(device).eval(), load_tokenizer(Path(where), model.config.vocab_size), notes)
+
+
+def _warn_of_lora(folder: Path) -> None:
+    from cogvlm_hpe.model.sat_weights import SatWeights
+
+    weights = open_weights(folder)
+    if isinstance(weights, SatWeights) and weights.has_lora:
+        warnings.warn(
+            f"{folder}: its unmerged LoRA is left out, this is the base alone; to use it make an adapter of it "
+            f"(cogvlm-hpe convert {folder} DST --to hf --only-adapter), or a base with it (--merge instead)",
+            stacklevel=3,
+        )
 
 
 def load_several(
@@ -136,7 +152,9 @@ def load_several(
 ) -> list[Loaded]:
     """One model for each adapter, or without (None), all on the memory of one base; in evaluation mode.
 
-    A base that has no tokenizer speaks with that of the first adapter that names one. Raises UserError as `load`.
+    The base itself is asked with the prompts that the adapters share, so that all are asked the same. One that has no
+    tokenizer speaks with that of the first adapter that names one. Raises UserError as `load`, and where the base is
+    asked for beside adapters of different prompts.
     """
     folder = resolve_base(name)
     base = load_base(folder, dtype, device)
@@ -147,6 +165,7 @@ def load_several(
         notes = read_notes(adapter or folder)
         if adapter is None:
             model.adapter_scope = "text"  # no adapter works on the image, so its prefix is anybody's
+            notes["prompts"] = _shared_prompts(adapters) or notes["prompts"]
             own = _tokenizer_of_base(folder, adapters)
         else:
             put_adapter(model, Path(adapter), folder, notes)
@@ -154,6 +173,21 @@ def load_several(
         where = Path(tokenizer or own)
         loaded.append(Loaded(model.to(device).eval(), load_tokenizer(where, model.config.vocab_size), notes))
     return loaded
+
+
+def _shared_prompts(adapters: Sequence[str | Path | None]) -> dict[str, str]:
+    first: tuple[str | Path, dict[str, str]] | None = None
+    for adapter in adapters:
+        if adapter is None:
+            continue
+        prompts = read_notes(adapter)["prompts"]
+        first = first or (adapter, prompts)
+        if prompts != first[1]:
+            raise UserError(
+                f"{first[0]} and {adapter}: are asked in different words (prompts in hpe.json), so the base cannot be "
+                "asked as both are; judge it beside each of them, in two runs, or leave it out"
+            )
+    return first[1] if first else {}
 
 
 def _tokenizer_of_base(base: Path, adapters: Sequence[str | Path | None]) -> Path:

@@ -18,12 +18,12 @@ from transformers import AutoProcessor, AutoTokenizer, BatchFeature, PreTrainedT
 from cogvlm_hpe import dialogue
 from cogvlm_hpe.dialogue import AnswerFormat, Parsed
 from cogvlm_hpe.model.configuration import CogVLMConfig
-from cogvlm_hpe.model.folders import base_of, is_adapter, read_notes, tokenizer_folder
+from cogvlm_hpe.model.folders import NOTES_FILE, base_of, is_adapter, read_notes, tokenizer_folder
 from cogvlm_hpe.model.pixels import normalise
 from cogvlm_hpe.model.tokenizer import FILE_NAME, SENTENCEPIECE_NAME, SPECIAL_TOKENS, load_tokenizer
 from cogvlm_hpe.model.weights import read_config
 from launcher.errors import UserError
-from shards.pixels import resize
+from shards.pixels import check_mode, resize
 
 Template = Literal["base", "chat", "vqa"]
 Side = Literal["left", "right"]
@@ -76,9 +76,10 @@ def to_array(image: Any) -> np.ndarray:
     """A PIL image, an (H, W, 3) uint8 array or a (3, H, W) uint8 tensor, all RGB, to (H, W, 3) uint8.
 
     An image is taken as it is stored: turn it first (PIL's ImageOps.exif_transpose) if its boxes were read off a
-    viewer. Raises TypeError or ValueError for anything else.
+    viewer. Raises TypeError or ValueError for anything else, pictures of more than 8 bits a colour too.
     """
     if isinstance(image, Image.Image):
+        check_mode(image.mode)
         return np.array(image.convert("RGB"))
     if isinstance(image, Tensor):
         if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
@@ -154,21 +155,22 @@ class CogVLMProcessor(ProcessorMixin):
     ) -> "CogVLMProcessor":
         """A saved processor, or that of a base or adapter folder.
 
-        A base's config says sizes and template, an adapter names its base and the format of its answers. `tokenizer` is
-        a folder, needed where neither the base has one nor the adapter names it. Raises UserError.
+        A base's config says sizes and template, an adapter names its base and the format of its answers; what was
+        tuned here (hpe.json) is asked as it was trained, by the bare question. `tokenizer` is a folder, needed where
+        neither the base has one nor the adapter names it. Raises UserError.
         """
         folder = Path(pretrained_model_name_or_path)
         if tokenizer is None and (folder / _PROCESSOR_FILE).is_file():
             return super().from_pretrained(folder, **kwargs)
         notes = read_notes(folder)
         base = base_of(folder) if is_adapter(folder) else folder
-        config = read_config(base)
+        config, tuned = read_config(base), is_adapter(folder) or (folder / NOTES_FILE).is_file()
         where = tokenizer or tokenizer_folder(base, notes)
         return cls(
             CogVLMTokenizer.around(load_tokenizer(where, config.vocab_size)),
             config.vision_config["image_size"],
             config.vision_config["patch_size"],
-            cast(Template, config.template_version),
+            "base" if tuned else cast(Template, config.template_version),
             notes["answer_format"],
         )
 

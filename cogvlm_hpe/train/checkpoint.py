@@ -27,7 +27,7 @@ from cogvlm_hpe.merge.factors import ADAPTER_TENSORS, Adapter, Factors, read_ada
 from cogvlm_hpe.train.adapter import factors_of, joined, own_name, parted, peft_name
 from cogvlm_hpe.train.module import MODEL_PREFIX
 from launcher.errors import UserError
-from launcher.files import atomic_folder, sha256
+from launcher.files import atomic_folder, sha256, write_json_atomic
 
 FOLDER = "checkpoints"
 _MANIFEST, _NOTES, _TRAINER = "manifest.json", "hpe.json", "trainer.json"
@@ -86,8 +86,8 @@ class Writer:
     ) -> None:
         """Write the checkpoint after `step` steps, point `last` and `best`, and drop what is not to be kept.
 
-        The tensors are the writer's from now on. Raises UserError where this or an earlier one cannot be written; the
-        ones before it are as they were.
+        Where that is there already, the scores are put into it. The tensors are the writer's from now on. Raises
+        UserError where this or an earlier one cannot be written; the ones before it are as they were.
         """
         self.wait()
         self._under_way = self._thread.submit(self._save, step, weights, optimizer, loader, scores)
@@ -127,6 +127,8 @@ class Writer:
                 shutil.rmtree(final, ignore_errors=True)
                 with atomic_folder(final) as folder:
                     _write(folder, step, weights, optimizer, loader, self.describe, scores)
+            elif scores is not None:
+                _add_scores(final, scores)
             _point(self.run_dir / "last", final)
             self._tidy()
         except (OSError, SafetensorError) as error:
@@ -182,6 +184,19 @@ def _write(
     _write_manifest(folder)
 
 
+def _add_scores(folder: Path, scores: dict[str, float]) -> None:
+    """Into a checkpoint that was saved unjudged; at every moment each file is as the manifest says, or not in it."""
+    files = json.loads((folder / _MANIFEST).read_text())["files"]
+    notes = json.loads((folder / _NOTES).read_text()) | {"scores": scores}
+    write_json_atomic(folder / _MANIFEST, {"files": {name: said for name, said in files.items() if name != _NOTES}})
+    write_json_atomic(folder / _NOTES, notes)
+    write_json_atomic(folder / _MANIFEST, {"files": files | {_NOTES: _described(folder / _NOTES)}})
+
+
+def _described(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
 def _write_model(folder: Path, weights: dict[str, Tensor], describe: Describe, step: int) -> None:
     _save(folder / _MODEL, weights, step)
     describe.model_config.save_pretrained(str(folder))
@@ -221,8 +236,7 @@ def _refuse_other(name: str, found: dict[str, Any], wanted: dict[str, Any], step
 
 
 def _write_manifest(folder: Path) -> None:
-    files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(folder.iterdir())}
-    _write_json(folder / _MANIFEST, {"files": files})
+    _write_json(folder / _MANIFEST, {"files": {path.name: _described(path) for path in sorted(folder.iterdir())}})
 
 
 def _write_json(path: Path, value: Any) -> None:

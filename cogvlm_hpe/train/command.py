@@ -27,16 +27,18 @@ EPILOG = """starting it
   hpe-launch train FILE --nproc 2                          finds the way itself
   deepspeed --num_gpus 2 --module cogvlm_hpe train --config FILE
   cogvlm-hpe train --config FILE                           one rank
+more keys: --adapter.help, --shards.train.help, --shards.val.help, --train.auxiliary.help
 exit code 85: stopped on request, resumable with --resume"""
+_ONLY_LOOKS = {"--check", "--print-trainable", "--print_config", "--help", "-h"}
 
 
 def make_parser(prog: str = "cogvlm-hpe train") -> Any:
     """Typed parser over RunConfig: `--config FILE`, then any key as `--section.key VALUE`."""
     from argparse import RawDescriptionHelpFormatter
 
-    from jsonargparse import ActionConfigFile, ArgumentParser
+    from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter
 
-    class Formatter(RawDescriptionHelpFormatter):
+    class Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
         pass
 
     parser = ArgumentParser(prog=prog, description=HELP, epilog=EPILOG, exit_on_error=False, formatter_class=Formatter)
@@ -74,8 +76,14 @@ def parse_file(path: Path) -> RunConfig:
     return parse(["--config", str(path)])[0]
 
 
+def patience_s(config: RunConfig) -> float:
+    """Seconds that ranks wait for each other at most: longer than the watchdog, which can say more."""
+    return max(_MEET_S, 2 * config.train.timeout_s)
+
+
 def main(argv: list[str]) -> int:
     """Parse, set up, loop."""
+    stop = None if _ONLY_LOOKS & {*argv} else StopFlag()
     config, flags = parse(argv)
     if flags.check:
         return 0
@@ -84,7 +92,7 @@ def main(argv: list[str]) -> int:
 
         print(count_trainable(config))
         return 0
-    stop = StopFlag()
+    assert stop is not None, "it does more than look"
 
     from cogvlm_hpe.train.loop import run_loop
     from cogvlm_hpe.train.setup import setup
@@ -92,7 +100,7 @@ def main(argv: list[str]) -> int:
     from launcher.world import discover
 
     world = discover()
-    comm = from_torch(world, max(_MEET_S, 2 * config.train.timeout_s))  # so that the watchdog speaks first
+    comm = from_torch(world, patience_s(config))
     if not flags.skip_preflight:
         from cogvlm_hpe.preflight import check_start
 

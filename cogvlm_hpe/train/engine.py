@@ -32,10 +32,15 @@ def prepare_deepspeed() -> None:
 
     The op (shared-memory all-reduce) takes minutes to build and a killed build leaves a lock on which every later
     run hangs; gloo does the same work. Losses are the same with and without it. Torch is kept from warning users of
-    the old names that DeepSpeed calls it by.
+    the old names that DeepSpeed calls it by. Raises UsageError where DeepSpeed would leave this rank's GPU alone.
     """
     warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)
     if torch.cuda.is_available():
+        if os.environ.get("DS_ACCELERATOR") == "cpu":
+            raise UsageError(
+                "DS_ACCELERATOR=cpu: DeepSpeed would train on the CPU beside a GPU; unset it, or hide the GPUs "
+                "(CUDA_VISIBLE_DEVICES=)"
+            )
         return
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed.ops

@@ -63,12 +63,11 @@ class Tally:
 
 def run_loop(run: Run, flag: StopFlag) -> int:
     """All ranks. Train to `max_steps`, or until asked to stop; the exit code."""
-    train, tally, batches = run.config.train, Tally(), iter(run.stream)
+    train, batches = run.config.train, iter(run.stream)
     last = train.max_steps if train.stop_after is None else min(train.max_steps, run.first_step + train.stop_after)
-    step, stopping = run.first_step, False
+    step = run.first_step
     with run.watchdog, profiled(run.config) as profiler, Progress(run.comm).bar("train", last - run.first_step) as bar:
-        if step == 0:
-            evaluate(run, step, flag)
+        stopping, tally = not judge_start(run, flag), Tally()
         while step < last and not stopping:
             micro_batches = next_batches(run, batches, tally)
             n_global, stops = run.comm.sum(np.array([sum(b.n_answers for b in micro_batches), int(flag.raised)]))
@@ -82,11 +81,11 @@ def run_loop(run: Run, flag: StopFlag) -> int:
             if step % train.log_every == 0 or step == last:
                 bar.update(report(run, step, tally))
                 tally = Tally()
-            tally.start_s += evaluate_and_save(run, step, flag, stopping, step == last)
+            stopping = evaluate_and_save(run, step, flag, tally, stopping, step == last)
         run.writer.wait()
         run.comm.barrier()
     flag.leave()
-    if step < train.max_steps:
+    if step < train.max_steps or unjudged(run, step):
         run.monitor.say(f"stopped after step {step} of {train.max_steps}, resumable")
         return EXIT_STOPPED
     return 0
@@ -188,25 +187,50 @@ def report(run: Run, step: int, tally: Tally) -> str:
     return text
 
 
-def evaluate_and_save(run: Run, step: int, flag: StopFlag, stopping: bool, at_end: bool) -> float:
-    """All ranks. What is due after `step`; the seconds it took. Who must stop saves and no more."""
-    start_s = time.monotonic()
+def judge_start(run: Run, flag: StopFlag) -> bool:
+    """All ranks. Judge what this start goes on from, where that is due and not done; False where a request breaks in.
+
+    The last start may have been stopped before it came to that; then the scores go into the checkpoint that it left.
+    """
+    if not unjudged(run, run.first_step):
+        return True
+    verdict = evaluate(run, run.first_step, flag)
+    if verdict is not None and run.first_step:
+        save(run, run.first_step, verdict)
+    return verdict is not None
+
+
+def evaluate_and_save(run: Run, step: int, flag: StopFlag, tally: Tally, stopping: bool, at_end: bool) -> bool:
+    """All ranks. What is due after `step`, in time that the tally leaves out; whether to stop.
+
+    Who must stop saves and no more: what was not judged will be at the next start.
+    """
+    start_s, verdict = time.monotonic(), None
     run.writer.look()
-    verdict = None if stopping else evaluate(run, step, flag)
+    if not stopping and due(run, step):
+        verdict = evaluate(run, step, flag)
+        stopping = verdict is None
     best = verdict is not None and run.comm.agree(is_best(run, verdict))
     if best or step % run.config.train.save_every == 0 or at_end or stopping:
         save(run, step, verdict)
-    return time.monotonic() - start_s
+    tally.start_s += time.monotonic() - start_s
+    return stopping
+
+
+def due(run: Run, step: int) -> bool:
+    """Whether the model after `step` is to be judged: before the first step, every so many, after the last."""
+    train = run.config.train
+    return train.evaluate_every > 0 and (step % train.evaluate_every == 0 or step == train.max_steps)
+
+
+def unjudged(run: Run, step: int) -> bool:
+    """All ranks. Whether the model after `step` is due and has not been judged."""
+    return due(run, step) and run.comm.agree(run.comm.rank == 0 and not run.monitor.judged(step))
 
 
 def evaluate(run: Run, step: int, flag: StopFlag) -> Verdict | None:
-    """All ranks. Judge the model where its turn has come: before the first step, every so many, after the last.
-
-    A request to stop breaks it off: what has been learned is saved after the next step.
-    """
-    every = run.config.train.evaluate_every
-    if run.judge is None or not every or (step % every and step != run.config.train.max_steps):
-        return None
+    """All ranks. Judge the model after `step`; None where a request to stop breaks it off."""
+    assert run.judge is not None, "there is one where steps are due"
     start_s = time.monotonic()
 
     def go_on() -> bool:
@@ -219,9 +243,9 @@ def evaluate(run: Run, step: int, flag: StopFlag) -> Verdict | None:
         return None
     if run.comm.rank == 0:
         scores, name = verdict.scores, "grounding_accuracy"
-        before = run.monitor.first(f"evaluate/{name}")
-        if name in scores:
-            scores["grounding_lost"] = 0.0 if before is None else before - scores[name]
+        before = run.monitor.at_start(f"evaluate/{name}") if step else scores.get(name)
+        if before is not None and name in scores:
+            scores["grounding_lost"] = before - scores[name]
         run.monitor.scalars(step, {f"evaluate/{name}": value for name, value in scores.items()})
         for tag, pixels in verdict.figures(step).items():
             run.monitor.image(step, f"evaluate/{tag}", pixels)

@@ -1,5 +1,6 @@
 """What a run says of itself: log.txt, metrics.jsonl and TensorBoard, written by rank 0 alone."""
 
+import contextlib
 import json
 import logging
 import math
@@ -8,7 +9,7 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -21,10 +22,13 @@ _PACKAGES = ("torch", "deepspeed", "transformers", "peft", "webdataset", "numpy"
 
 
 class Monitor:
-    """Scalars of a step go everywhere at once; `first_step` cuts off what a resumed run will write again."""
+    """Scalars of a step go everywhere at once; `first_step` cuts off what a resumed run will write again.
 
-    def __init__(self, run_dir: Path, comm: Comm, first_step: int) -> None:
-        self.active = comm.rank == 0
+    held: the lock on the folder, let go at the end.
+    """
+
+    def __init__(self, run_dir: Path, comm: Comm, first_step: int, held: IO[str] | None = None) -> None:
+        self.active, self._held = comm.rank == 0, held
         if not self.active:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -47,11 +51,16 @@ class Monitor:
         self._file.write(json.dumps({"global_step": global_step, **rounded}) + "\n")
         self._file.flush()
 
-    def first(self, name: str) -> float | None:
-        """The first value this run has recorded under `name`; None where there is none, and on other ranks than 0."""
-        if not self.active:
-            return None
-        return next((values[name] for values in _read(self._metrics) if name in values), None)
+    def at_start(self, name: str) -> float | None:
+        """What this run has recorded under `name` before its first step; None where nothing, and on ranks above 0."""
+        lines = _read(self._metrics) if self.active else []
+        return next((values[name] for values in lines if values["global_step"] == 0 and name in values), None)
+
+    def judged(self, global_step: int) -> bool:
+        """Whether this run has recorded scores after so many steps; False on ranks above 0."""
+        lines = _read(self._metrics) if self.active else []
+        lines = [values for values in lines if values["global_step"] == global_step]
+        return any(name.startswith("evaluate/") for values in lines for name in values)
 
     def image(self, global_step: int, tag: str, pixels: np.ndarray) -> None:
         """A picture (H, W, 3) uint8 for TensorBoard."""
@@ -80,13 +89,15 @@ class Monitor:
             self.log.info(message)
 
     def close(self) -> None:
-        """Flush and close the files."""
+        """Flush and close the files; another run may write there from now on."""
         if self.active:
             self._writer.close()
             self._file.close()
             for handler in list(self.log.handlers):
                 handler.close()
                 self.log.removeHandler(handler)
+        if self._held is not None:
+            self._held.close()
 
 
 def replay(metrics: Path, tensorboard: Path) -> None:
@@ -132,9 +143,12 @@ def _cut_after(path: Path, first_step: int) -> None:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; one that a dying machine has left unfinished counts for nothing."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("}\n")]
+    """The lines of a metrics.jsonl; one that a dying machine has left unfinished or full of NULs counts for nothing."""
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        with contextlib.suppress(ValueError):
+            found += [json.loads(line)] if line.endswith("}\n") else []
+    return found
 
 
 def _logger(path: Path) -> logging.Logger:

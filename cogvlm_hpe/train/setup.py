@@ -11,7 +11,7 @@ import platform
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import yaml
@@ -31,6 +31,7 @@ from cogvlm_hpe.train.ask import Asker
 from cogvlm_hpe.train.batch import Collator
 from cogvlm_hpe.train.engine import Engine, check_zero, deepspeed_config, prepare_deepspeed
 from cogvlm_hpe.train.evaluation import Judge
+from cogvlm_hpe.train.hold import hold
 from cogvlm_hpe.train.loop import Run
 from cogvlm_hpe.train.module import TrainedModule
 from cogvlm_hpe.train.monitor import Monitor, write_run_json
@@ -71,6 +72,7 @@ def setup(config: RunConfig, world: World, comm: Comm, *, resume: bool, allow_ch
     start_s, run_dir = time.time(), Path(config.run_dir)
     set_threads(world)
     accumulation = configs.check_world(config, world.size)
+    held = hold(run_dir, comm)
     from_folder = find_resume(run_dir, comm, resume)
     if from_folder is not None and not allow_change:
         refuse_changes(run_dir, config)
@@ -97,7 +99,7 @@ def setup(config: RunConfig, world: World, comm: Comm, *, resume: bool, allow_ch
         wake_optimizer(engine, collator, accumulation)  # 6
         engine.load(saved.weights, saved.optimizer)
     first_step = saved.step if saved is not None else 0
-    monitor = open_monitor(config, world, comm, start_s, first_step)
+    monitor = open_monitor(config, world, comm, start_s, first_step, held)
     describe_start(monitor, config, module, sets, plan)
     asker = make_asker(config, tokenizer, eos)
     stream = make_stream(config.shards, sets, plan, comm, image_size, asker, first_step)  # 7
@@ -253,15 +255,16 @@ def describe_files(
     return checkpoint.Describe({"stage": Path(config.run_dir).name, **said}, None, model.config, tokenizer)
 
 
-def open_monitor(config: RunConfig, world: World, comm: Comm, start_s: float, first_step: int) -> Monitor:
+def open_monitor(
+    config: RunConfig, world: World, comm: Comm, start_s: float, first_step: int, held: IO[str] | None
+) -> Monitor:
     """All ranks. The run folder with its config and a line for this start in run.json, and what writes into it."""
     run_dir, threads = Path(config.run_dir), torch.get_num_threads()
     hosts = comm.gather(platform.node())
     if hosts is not None:
-        run_dir.mkdir(parents=True, exist_ok=True)
         write_text_atomic(run_dir / CONFIG_FILE, dump(config))
         write_run_json(run_dir, world, hosts, threads, start_s, first_step)
-    monitor = Monitor(run_dir, comm, first_step)
+    monitor = Monitor(run_dir, comm, first_step, held)
     origin = f"resumed from {checkpoint.folder_of(run_dir, first_step)}" if first_step else "from the start"
     monitor.say(f"{world.size} ranks × {threads} threads ({world.kind}), {origin}")
     for folder in checkpoint.torn(run_dir):

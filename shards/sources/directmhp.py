@@ -1,8 +1,11 @@
 """What AGORA and CMU Panoptic share on the command line: DirectMHP's COCO-style JSON, which is made of both."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from launcher.errors import UsageError
 
 
 def add_arguments(parser: argparse.ArgumentParser, holds: str, splits: Sequence[str], whose: str, images: str) -> None:
@@ -24,3 +27,13 @@ def add_reference(parser: argparse._ActionsContainer) -> None:
 def is_meant(options: argparse.Namespace) -> bool:
     """Whether the JSON is to be read, not the data set's own files."""
     return bool(options.annotations or (options.folder / "annotations").is_dir())
+
+
+def refuse_others(options: argparse.Namespace, defaults: Mapping[str, Any], or_else: str) -> None:
+    """Raise UsageError where the JSON is read but an option, not its default, is for the data set's own files only."""
+    labels = options.annotations or options.folder / "annotations"
+    for name, default in defaults.items():
+        if getattr(options, name) != default:
+            flag = "--" + name.replace("_", "-")
+            said = f"{flag}: has no effect on DirectMHP's JSON, which is read ({labels})"
+            raise UsageError(f"{said}; leave it out{or_else}")

@@ -53,6 +53,12 @@ def test_heads_hardly_seen_are_not_asked_about() -> None:
     assert questions(hidden, ["pose", "facing"], DEFAULT_PROMPTS, "offset") == []
 
 
+def test_a_thing_without_a_name_is_not_asked_about() -> None:
+    nameless = Record(RECORD.image, [], [Object(" ", CUBE), RECORD.objects[0]])
+    asked = questions(nameless, ["where", "what", "tags"], DEFAULT_PROMPTS, "offset")
+    assert [question.number for question in asked] == [1, 1, 1]
+
+
 def test_heads_without_a_rotation_are_not_asked_about() -> None:
     known = Head((50.0, 0.0, 100.0, 50.0), (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0))
     record = Record(Image(100, 100, "test", "1", "1"), [Head((0.0, 0.0, 50.0, 50.0), None), known])

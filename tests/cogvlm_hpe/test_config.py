@@ -1,11 +1,13 @@
 """Configs: every mistake is one line that names the thing and the remedy."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 
 from cogvlm_hpe import config as configs
+from cogvlm_hpe.dialogue import DEFAULT_PROMPTS
 from cogvlm_hpe.train.command import parse, parse_file
 from launcher.errors import UsageError
 
@@ -62,6 +64,14 @@ def test_packaged_configs_are_valid(path: Path) -> None:
         (["--train.deepspeed", '{"gradient_clipping": 2}'], "decided by train.clip"),
         (["--train.deepspeed", '{"zero_optimization": {"stage": 1}}'], "decided by train.zero_stage"),
         (["--train.deepspeed", '{"zero_optimization": 3}'], "must be a section"),
+        (["--train.deepspeed", '{"zero_optimisation": {}}'], r"zero_optimisation: no key .*is it zero_optimization\?"),
+        (["--train.deepspeed", '{"tensor_parallel": {}}'], "tensor_parallel: decided by the ranks"),
+        (["--train.lr", "0"], "train.lr 0"),
+        (["--train.betas", "[0.9, 1]"], r"train.betas \[0.9, 1.0\]"),
+        (["--train.clip", "-1"], "train.clip -1"),
+        (["--train.warmup_steps", "-1"], "train.warmup_steps -1"),
+        (["--model.prompts", '{"pose": "Where does it look?"}'], "model.prompts.pose .* put {box} in it"),
+        (["--model.prompts", '{"where": "Where?"}'], "put {expression} in it"),
         (["--shards.workers", "-1"], "shards.workers -1"),
         (["--evaluate.max_new_tokens", "0"], "evaluate.max_new_tokens 0"),
         (["--train.auxiliary", '{"guidance": 1, "guided_heads": 0}'], "guided_heads 0"),
@@ -72,6 +82,22 @@ def test_mistakes_on_the_command_line(written, more: list[str], names: str) -> N
     with pytest.raises(UsageError, match=names) as caught:
         parse(["--config", written(), *more])
     assert "\n" not in str(caught.value)
+
+
+def test_prompts_lie_over_the_default_ones(written) -> None:
+    config, _ = parse(["--config", written(GOOD.replace("dtype: fp32", "prompts: {pose: 'And {box}?'}"))])
+    assert config.model.prompts == {**DEFAULT_PROMPTS, "pose": "And {box}?"}
+    assert list(config.model.prompts) == list(DEFAULT_PROMPTS)
+
+
+def test_help_tells_of_every_key_its_meaning_and_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--train.clip CLIP largest norm of the gradient; 0 for no clipping (type: float, default: 1.0)" in said
+    assert "--adapter.help, --shards.train.help" in said
+    bare = re.findall(r"(--[\w.]+) \S+ \((?:required, )?type:", said)
+    assert not bare, "keys without a meaning"
 
 
 def test_unknown_key_in_the_file_is_named(written) -> None:

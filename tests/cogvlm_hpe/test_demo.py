@@ -22,6 +22,7 @@ def demo(folder: Path, *more: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_whole_flow_runs_and_finished_stages_are_kept(tmp_path: Path) -> None:
     folder = tmp_path / "demo"
     done = demo(folder, "--quick")

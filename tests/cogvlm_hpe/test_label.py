@@ -54,6 +54,16 @@ def test_known_poses_stay_unless_asked(tiny_set: Callable[..., Path]) -> None:
     assert again.heads[0].weak and again.heads[0].pose_deg[0] == pytest.approx(30.0)
 
 
+def test_relabelled_heads_without_a_good_answer_keep_no_true_label(tiny_set: Callable[..., Path]) -> None:
+    shard_set = open_set(tiny_set(samples=4))
+    record = shard_set.record(0)
+    known = replace(record, heads=[record.heads[0]] * 3)
+    again = Labelled(shard_set, fixed, "x", relabel=True, min_confidence=0.5)
+    found = again.labelled(known, np.zeros((8, 8, 3), np.uint8)).heads
+    assert [head.rotation is None for head in found] == [True, True, False]
+    assert [head.weak for head in found] == [False, False, True]
+
+
 def test_a_labelled_set_is_sound_and_says_by_what(tmp_path: Path, tiny_set: Callable[..., Path]) -> None:
     save_cnn(tmp_path / "cnn", PoseCNN(CNNConfig("resnet", (8,), (1,), 16, 0.1)).eval(), {})
     words = ["label", str(tiny_set(samples=5)), "--relabel", "--with", f"cnn:{tmp_path / 'cnn'}"]
@@ -90,6 +100,7 @@ def test_a_language_model_labels_too(tmp_path: Path, tiny_set: Callable[..., Pat
     [
         (["--with", "tree:x"], "must be cnn:DIR or cogvlm:DIR"),
         (["--with", "cnn:x", "--min-confidence", "2"], "must lie in 0..1"),
+        (["--with", "cnn:x", "--dtype", "bf16"], "--dtype bf16: is of cogvlm:DIR"),
     ],
 )
 def test_usage_errors(tmp_path: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

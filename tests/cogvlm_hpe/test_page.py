@@ -81,7 +81,7 @@ def test_mistakes_are_told_before_the_model_is_read(
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "gradio", None)
         assert cli.main(ask) == 2
-    assert 'pip install -e ".[gradio]"' in capsys.readouterr().err
+    assert '.venv/bin/pip install -c constraints.txt -e ".[gradio]"' in capsys.readouterr().err
     assert cli.main([*ask, "--out", "a.png"]) == 2
     assert "--out a.png: the page of --gradio draws for itself" in capsys.readouterr().err
     pytest.importorskip("gradio", reason="SKIPPED: no gradio here (extra gradio)")

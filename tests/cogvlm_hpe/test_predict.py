@@ -3,12 +3,14 @@
 import csv
 import io
 import json
+import struct
 from argparse import ArgumentParser
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, ImageOps
 from tiny_model import write_tiny_model
 from tiny_source import TinySource
 
@@ -126,9 +128,31 @@ def test_pictures_of_one_name_are_drawn_into_files_of_their_own() -> None:
     assert pictures.names([apart[0], apart[0]]) == {apart[0]: "a"}
 
 
+def test_the_number_format_may_be_chosen() -> None:
+    model = HeadPose.from_pretrained("tiny", device="cpu", dtype="bf16").loaded.model
+    assert model.lm_head.weight.dtype == torch.bfloat16
+
+
 def test_a_pixel_array_of_another_kind_is_refused() -> None:
     with pytest.raises(ValueError, match="uint8 is needed"):
         HeadPose(None)(np.zeros((4, 4)), [])  # type: ignore[arg-type]
+
+
+def test_pictures_of_more_than_8_bits_are_refused_not_whitened(tmp_path: Path) -> None:
+    deep = Image.fromarray(np.full((4, 4), 40_000, np.uint16))
+    deep.save(tmp_path / "deep.png")
+    Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "float.tif")
+    for name, mode in (("deep.png", "I;16"), ("float.tif", "F")):
+        with pytest.raises(UserError, match=rf"{name}: not an image that can be read \(.*mode {mode}, of more than 8"):
+            pictures.read_image(tmp_path / name)
+    with pytest.raises(ValueError, match="more than 8 bits"):
+        headpose._pixels(deep)
+
+
+def test_a_frame_turned_from_bgr_is_taken() -> None:
+    frame = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    pixels = headpose._pixels(frame[..., ::-1])
+    assert (pixels == frame[..., ::-1]).all() and pixels.flags.c_contiguous and pixels.flags.writeable
 
 
 @pytest.mark.parametrize(
@@ -137,12 +161,14 @@ def test_a_pixel_array_of_another_kind_is_refused() -> None:
         (["a.jpg", "b.jpg", "--box", "0,0,1,1"], "boxes are of one image"),
         (["a.jpg", "--detect", "--every", "0"], "--every 0: must be at least 1"),
         (["a.jpg", "b.jpg", "--detect", "--out", "a.jpg"], "several pictures need a folder"),
+        (["a.jpg", "--detect", "--out", "a.jpg"], r"would draw over .*a\.jpg, which is read"),
+        ([".", "--detect", "--out", "."], r"would draw over .*c\.png, which is read"),
     ],
 )
 def test_flags_that_do_not_go_together(tmp_path: Path, words: list[str], said: str) -> None:
-    for name in ("a.jpg", "b.jpg"):
+    for name in ("a.jpg", "b.jpg", "c.png"):
         Image.new("RGB", (4, 4)).save(tmp_path / name)
-    words = [str(tmp_path / word) if word.endswith(".jpg") else word for word in words]
+    words = [str(tmp_path / word) if word.endswith((".jpg", ".")) else word for word in words]
     parser = ArgumentParser()
     predict.add_arguments(parser)
     with pytest.raises(UsageError, match=said):
@@ -206,6 +232,23 @@ def test_sideways_photographs_are_read_as_viewers_show_them(tmp_path: Path) -> N
     exif[0x0112] = 6  # turned a quarter
     image.save(tmp_path / "a.jpg", exif=exif)
     assert pictures.read_image(tmp_path / "a.jpg").shape == (40, 20, 3)
+
+
+def test_all_orientations_are_those_of_pillow_and_tags_of_a_wrong_type_do_no_harm(tmp_path: Path) -> None:
+    corners = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    for orientation in range(10):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(corners).save(tmp_path / "a.png", exif=exif)
+        with Image.open(tmp_path / "a.png") as image:
+            wanted = np.array(ImageOps.exif_transpose(image))
+        assert (pictures.read_image(tmp_path / "a.png") == wanted).all()
+    # One more tag than a turned photograph needs: its number of pixels as a text.
+    tags = struct.pack(">HHHIHHHHIHHI", 2, 0x0112, 3, 1, 6, 0, 0x0100, 2, 4, 0x6161, 0x6100, 0)
+    Image.fromarray(corners).save(tmp_path / "b.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08" + tags)
+    with Image.open(tmp_path / "b.jpg") as image, pytest.raises(Exception):  # noqa: B017, PT011
+        ImageOps.exif_transpose(image)
+    assert pictures.read_image(tmp_path / "b.jpg").shape == (4, 2, 3)
 
 
 def test_the_blue_axis_points_out_of_the_face() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ports import next_port
 from tiny_source import TinySource
 
 from cogvlm_hpe import preflight
@@ -16,7 +17,7 @@ from cogvlm_hpe.train.command import Flags, parse
 from launcher.checks import Line, Table, attempt, merge
 from launcher.comm import single
 from launcher.errors import UsageError, UserError
-from launcher.world import World, discover, free_port
+from launcher.world import World, discover
 from shards.write import build
 
 NEW = Flags(resume=False, allow_change=False, check=False, print_trainable=False)
@@ -100,6 +101,15 @@ def test_gpus_are_told_apart_by_their_names(place: Path, monkeypatch: pytest.Mon
         preflight.check_ranks(config_of(place), two, ["a", "a"])
 
 
+def test_ranks_that_would_not_judge_are_told(place: Path) -> None:
+    val = ["--shards.val", json.dumps([{"path": str(place / "set")}]), "--shards.batch", "64"]
+    many = World(0, 0, 64, 1, "", 1, "slurm")
+    said = preflight.check_ranks(config_of(place, *val, "--train.evaluate_every", "9"), many, [])
+    assert said.endswith("; 8 of them judge, with evaluate.batch 2 64 would")
+    for more in (["--train.evaluate_every", "0"], ["--train.evaluate_every", "9", "--evaluate.batch", "2"]):
+        assert preflight.check_ranks(config_of(place, *val, *more), many, []).endswith("micro-batches a step each")
+
+
 def test_nodes_may_name_their_interfaces_differently() -> None:
     both = [[Line("interface", True, name, host)] for name, host in (("ib0", "n1"), ("ib1", "n2"))]
     (line,) = merge(both, preflight._SAME_EVERYWHERE)
@@ -140,7 +150,7 @@ def test_a_start_is_refused_with_a_line_for_each_mistake(place: Path) -> None:
 def test_two_ranks_take_two_real_steps_and_leave_nothing(place: Path) -> None:
     words = ["--config", str(place / "lora.yaml"), "--run_dir", str(place / "new" / "run"), "--deep"]
     program = [sys.executable, "-m", "cogvlm_hpe", "preflight", *words, "--gpu-memory", "80"]
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(next_port()), "OMP_NUM_THREADS": "1"}
     both = [
         subprocess.Popen(program, stdout=subprocess.PIPE, text=True, env=os.environ | world | {"RANK": rank})
         for rank in ("0", "1")

@@ -1,5 +1,7 @@
 """A rank that works until it is asked to stop, saves for a moment and leaves with 85; or ends as its argument says.
 
+One that nobody asks gives up after a minute, and saves nothing.
+
 "twice": it works as long as no rank has been killed (`killed` is there), and has nothing left to do after that.
 
 Writes `<rank>.pid` once it listens and `<rank>.saved` when it has been asked.
@@ -16,7 +18,8 @@ from launcher.supervise import StopFlag
 def main(out: Path, way: str) -> int:
     rank = os.environ.get("RANK", "0")
     flag = None if way == "deaf" else StopFlag()
-    (out / f"{rank}.pid").write_text(str(os.getpid()))
+    (out / f"{rank}.new").write_text(str(os.getpid()))
+    (out / f"{rank}.new").rename(out / f"{rank}.pid")
     if way.startswith("exit-"):
         return int(way.removeprefix("exit-"))
     if way == "twice" and (out / "killed").exists():
@@ -24,6 +27,8 @@ def main(out: Path, way: str) -> int:
     deadline_s = time.monotonic() + 60
     while not (flag and flag.raised) and time.monotonic() < deadline_s:
         time.sleep(0.05)
+    if flag and not flag.raised:
+        return 3  # nobody has asked
     time.sleep(0.3)
     (out / f"{rank}.saved").touch()
     if flag:

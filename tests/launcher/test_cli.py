@@ -66,6 +66,7 @@ def test_inside_slurm_everything_goes_through_srun(tmp_path: Path) -> None:
     trained = launch("train", "x.yaml", "--dry-run", **allocation)
     assert "srun --nodes 2 --ntasks 16 --mpi=none --kill-on-bad-exit=1 --cpus-per-task=6 " in trained.stdout
     assert "MASTER_ADDR=localhost" in trained.stdout and "OMP_NUM_THREADS=6" in trained.stdout
+    assert "DS_ACCELERATOR" not in trained.stdout, "that this shell has no GPU says nothing of the nodes"
     assert "--mpi=pmi2" in launch("evaluate", "--dry-run", **allocation).stdout
     container = launch("train", "x.yaml", "--dry-run", **allocation, HPE_SRUN="--container-image='/a b.sqsh'")
     assert "--cpus-per-task=6 '--container-image=/a b.sqsh' " in container.stdout
@@ -103,6 +104,16 @@ def test_a_request_during_the_check_stops_the_run_before_it_began(tmp_path: Path
     code += "cli.build = lambda *_: cli.Command(['false'])\nsys.exit(cli.main(['train', 'x.yaml', '--nproc', '1']))"
     done = subprocess.run([sys.executable, "-c", code, slow], env=NO_SLURM, capture_output=True, timeout=60)
     assert done.returncode == 85, done.stderr
+
+
+def test_ranks_of_a_hostfile_are_ended_on_request_and_that_is_said(tmp_path: Path) -> None:
+    code = "import sys; from launcher import cli\ncli._check = lambda *_: 0\n"
+    code += "cli.build = lambda *_: cli.Command(['sh', '-c', 'kill -INT $PPID; exec sleep 30'])\n"
+    code += "sys.exit(cli.main(['train', 'x.yaml', '--nproc', '1', '--hostfile', 'h', '--run-dir', sys.argv[1]]))"
+    words = [sys.executable, "-c", code, tmp_path]
+    done = subprocess.run(words, env=NO_SLURM, capture_output=True, text=True, timeout=25)
+    assert done.returncode == 1 and "killed by SIGINT" in done.stderr
+    assert "ends the ranks of a hostfile and saves nothing" in done.stderr and "asking the ranks" not in done.stderr
 
 
 def test_under_mpirun_it_starts_no_ranks_of_ranks() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ports import next_port
 
 from launcher import comm, world
 from launcher.errors import UserError
@@ -117,7 +118,7 @@ def test_open_files_are_allowed_as_far_as_it_goes_and_missing_ones_told(monkeypa
 
 
 def torch_pair(way: str, out: Path) -> tuple[list[int], str]:
-    port, children, said = str(world.free_port()), [], out / "stderr"
+    port, children, said = str(next_port()), [], out / "stderr"
     with said.open("w") as stderr:
         for rank in ("0", "1"):
             env = clean_env(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_SIZE="2", MASTER_PORT=port)

@@ -13,9 +13,12 @@ PLACES = ((8, "n1"), (4, "n1"), (4, "127.0.0.1"))  # the last are nodes of this 
 HAVE = [name for _, name in socket.if_nameindex()]
 
 
-def test_an_interface_of_this_machine_is_named() -> None:
-    assert machine.interface({})
-    assert machine.interface({"NCCL_SOCKET_IFNAME": HAVE[0]}) == f"{HAVE[0]} (NCCL_SOCKET_IFNAME)"
+def test_an_interface_of_this_machine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for address, named in (("127.0.0.1", "lo"), ("192.0.2.1", "192.0.2.1")):
+        monkeypatch.setattr("socket.gethostbyname", lambda name, address=address: address)
+        assert machine.interface({}) == named
+    assert machine.interface({"NCCL_SOCKET_IFNAME": HAVE[0]}) == f"192.0.2.1, {HAVE[0]} (NCCL_SOCKET_IFNAME)"
+    assert machine.interface({"GLOO_SOCKET_IFNAME": HAVE[0]}) == f"{HAVE[0]} (GLOO_SOCKET_IFNAME)"
     assert "^lo" in machine.interface({"NCCL_SOCKET_IFNAME": "^lo"})
 
 
@@ -30,8 +33,9 @@ def test_a_loopback_address_is_no_way_to_other_hosts(monkeypatch: pytest.MonkeyP
     machine.check_reachable(alone, {})
     machine.check_reachable(virtual, {})
     machine.check_reachable(spread, {"GLOO_SOCKET_IFNAME": "eth0"})
-    with pytest.raises(UserError, match="resolves to 127.0.1.1.*mend /etc/hosts"):
-        machine.check_reachable(spread, {})
+    for env in ({}, {"NCCL_SOCKET_IFNAME": "eth0"}):  # which gloo does not read
+        with pytest.raises(UserError, match="resolves to 127.0.1.1.*mend /etc/hosts"):
+            machine.check_reachable(spread, env)
 
 
 def test_the_end_of_a_job() -> None:

@@ -1,5 +1,7 @@
 """Signals reach every rank, and none outlives the run: with plain processes, and with DeepSpeed's real launcher."""
 
+import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -10,8 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ports import next_port
 
-from launcher import command, supervise, world
+from launcher import command, supervise
 from launcher.command import Command
 from launcher.status import Progress
 
@@ -55,8 +58,8 @@ def rank(out: Path, way: str) -> Command:
 def deepspeed(out: Path, way: str) -> Command:
     env = command.accelerator_env() | {"PYTHONPATH": str(HERE)}
     program = command.find_program("deepspeed", "")
-    port = world.free_port()
-    return command.deepspeed("stoppable", [str(out), way], ranks=2, port=port, threads=1, env=env, program=program)
+    port, words = next_port(), [str(out), way]
+    return command.deepspeed("stoppable", words, ranks=2, port=port, threads=1, env=env, program=program)
 
 
 @pytest.mark.parametrize(("code", "passed_on"), [(0, 0), (1, 1), (2, 2), (85, 85), (3, 1), (247, 1)])
@@ -83,6 +86,19 @@ def test_every_stop_signal_asks_the_ranks_to_save(number: signal.Signals, tmp_pa
     assert (tmp_path / "0.saved").exists()
 
 
+def test_under_nohup_a_logout_changes_nothing(tmp_path: Path) -> None:
+    what = json.dumps([*dataclasses.astuple(rank(tmp_path, "work")), True, 0])
+    words = ["bash", "-c", 'trap "" HUP; exec "$@"', "bash", sys.executable, "-c", SUPERVISOR, what]
+    run = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    wait_for(tmp_path, {"0.pid"})
+    for pid in (run.pid, *alive(tmp_path)):
+        os.kill(pid, signal.SIGHUP)
+    time.sleep(0.5)
+    assert run.poll() is None and not (tmp_path / "0.saved").exists()
+    run.terminate()
+    assert run.wait(timeout=30) == 85
+
+
 def test_a_second_request_after_the_save_does_not_spoil_it(tmp_path: Path) -> None:
     run = start(rank(tmp_path, "linger"))
     wait_for(tmp_path, {"0.pid"})
@@ -98,7 +114,7 @@ def test_ranks_that_do_not_listen_end_at_the_second_request(tmp_path: Path) -> N
     run = start(made)
     wait_for(tmp_path, {"0.pid"})
     run.send_signal(signal.SIGINT)
-    time.sleep(0.5)
+    assert run.stderr is not None and any("asking the ranks" in line for line in run.stderr)  # else the two are one
     run.send_signal(signal.SIGINT)
     assert run.wait(timeout=30) == 1
     assert alive(tmp_path) == []
@@ -136,6 +152,26 @@ def test_a_request_before_there_are_ranks_counts() -> None:
         signal.raise_signal(signal.SIGTERM)
         assert supervisor.asked
         assert supervisor.run(Command(["false"])) == 85
+
+
+class Starting:
+    """Ranks that take minutes to listen: they leave when they have been asked three times."""
+
+    ignore_usr1, asked = True, 0
+
+    def wait(self, _: float) -> int | None:
+        return 85 if self.asked == 3 else None
+
+    def signal(self, _: int) -> None:
+        self.asked += 1
+
+
+def test_a_request_is_said_again_however_long_ranks_take_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.monotonic", itertools.count(0.0, 100.0).__next__)
+    with supervise.Supervisor(graceful=True) as supervisor:
+        signal.raise_signal(signal.SIGTERM)
+        supervisor._ranks = Starting()  # type: ignore[assignment]
+        assert supervisor._wait(supervisor._ranks) == 85  # type: ignore[arg-type]
 
 
 def crash(*crashes: tuple[int, int], bound: int = 3, code: int = 1, begins: bool = True) -> tuple[int, int]:

@@ -9,8 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+from ports import next_port
 
-from launcher.world import free_port
+from launcher.comm import Comm
+from launcher.watchdog import Watchdog
 
 WATCHED = Path(__file__).with_name("watched.py")
 
@@ -21,7 +23,7 @@ WATCHED = Path(__file__).with_name("watched.py")
     [(1, "asleep", r"rank 1 is at .*watched\.py:15 \(fall_asleep\);"), (0, "stopped", "rank 0 does not answer;")],
 )
 def test_hung_rank_is_named(tmp_path: Path, silent: int, how: str, said: str) -> None:
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(next_port()), "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(
             [sys.executable, str(WATCHED), str(tmp_path), str(silent), how],
@@ -43,6 +45,33 @@ def test_hung_rank_is_named(tmp_path: Path, silent: int, how: str, said: str) ->
     lines = [line for line in heard.splitlines() if line.startswith("no step for 2 s")]
     assert len(lines) == 1 and re.search(said, lines[0]) and f"rank {1 - silent} " not in lines[0]
     assert "launcher/comm.py" in (tmp_path / f"stacks-rank-{1 - silent}.txt").read_text()
+
+
+class Notes(Comm):
+    """Rank `rank` of four; `notes` are what ranks have posted, `reads` which of them were asked for."""
+
+    def __init__(self, rank: int, notes: dict[str, str]) -> None:
+        self.rank, self.size, self.notes, self.reads = rank, 4, notes, 0
+
+    def post(self, key: str, text: str) -> None:
+        self.notes[key] = text
+
+    def posted(self, key: str) -> str | None:
+        self.reads += 1
+        return self.notes.get(key)
+
+
+@pytest.mark.parametrize(("silent", "speaker"), [(3, 0), (0, 1)])
+def test_two_ranks_read_the_notes_and_one_speaks(
+    silent: int, speaker: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    notes = {f"watchdog/{rank}": "waits for other ranks" for rank in range(4) if rank != silent}
+    comms = [Notes(rank, notes) for rank in range(4) if rank != silent]
+    for comm in comms:
+        Watchdog(comm, 2.0, tmp_path, aside_s=0.0)._name_silent()
+        notes[f"watchdog/{comm.rank}"] = "waits for other ranks"
+        assert ("does not answer" in capsys.readouterr().err) == (comm.rank == speaker)
+    assert [comm.reads for comm in comms if comm.rank > 1] == [0] * sum(comm.rank > 1 for comm in comms)
 
 
 SUSPENDED = """

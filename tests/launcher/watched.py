@@ -18,7 +18,7 @@ def fall_asleep() -> None:
 def main() -> None:
     folder, silent, how = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     comm = from_torch(world.discover(), timeout_s=120)
-    with Watchdog(comm, 2.0, folder, aside_s=1.5) as watchdog:
+    with Watchdog(comm, 2.0, folder, aside_s=3.0) as watchdog:
         for _ in range(3):
             comm.barrier()
             watchdog.beat()

@@ -17,7 +17,8 @@ from shards.fetch import Fetched, Room, fetch_in_order
 from shards.plan import Slot
 from shards.stream import Item, gathered
 
-REQUESTS = (signal.SIGUSR1, signal.SIGINT)
+REQUESTS = (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM)
+HEARD: set[str] = set()
 
 
 def fetch(n: int, room: Room) -> Fetched:
@@ -45,11 +46,11 @@ def asks_itself(n: int, room: Room) -> Fetched:
 
 def heard(number: int, frame: FrameType | None) -> None:
     """What a rank does with a request: it goes on to its next step."""
-    print(signal.Signals(number).name, end=" ")
+    HEARD.add(signal.Signals(number).name)
 
 
 def main(server: str) -> None:
-    """Print the batches that came."""
+    """Print the batches that came, and what the rank has heard."""
     for request in REQUESTS:
         signal.signal(request, heard)
     if server == "old":
@@ -57,7 +58,8 @@ def main(server: str) -> None:
         other.start()
         other.join()
     found = fetch_in_order(asks_all if server == "new" else asks_itself, lambda: iter(range(4)), 1)
-    print([int(fetched.items[0].image[0, 0, 0]) for _, fetched in found if fetched.items[0].image is not None])
+    came = [int(fetched.items[0].image[0, 0, 0]) for _, fetched in found if fetched.items[0].image is not None]
+    print(came, *sorted(HEARD))
 
 
 if __name__ == "__main__":

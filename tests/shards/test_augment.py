@@ -146,7 +146,9 @@ def test_the_default_changes_nothing_and_flips_are_those_of_the_plan() -> None:
     known = record(head((1, 1, 9, 9)), objects=[Object("it", (1, 1, 5, 5))])
     change = Augment().at(1, 2, known)
     pixels = ellipse((10, 10, 60, 60))
-    assert change == Change((0, 0, WIDTH, HEIGHT)) and change.record(known) is known and change.cut(pixels) is not None
+    assert change == Change((0, 0, WIDTH, HEIGHT)) and change.record(known) is known
+    cut = change.cut(pixels)
+    assert np.shares_memory(cut, pixels) and cut.shape == pixels.shape
     image = resize(pixels, 64)
     assert change.finish(image) is image
     assert [Augment(flip=True).at(5, k, known).mirrored for k in range(99)] == [is_mirrored(5, k) for k in range(99)]

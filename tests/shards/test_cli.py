@@ -211,6 +211,8 @@ def test_simulate_says_what_a_lost_node_does(tiny_set: Callable[..., Path], caps
     assert said[-1] == "no sample came twice or was left out"
     assert main(["simulate", str(tiny_set(samples=40)), "--batch", "4", "--world", "2", "--bucket-batches", "2"]) == 0
     assert "heads of the fullest rank 1." in capsys.readouterr().out
+    assert main(["simulate", "1000", "--batch", "16", "--bucket-batches", "16"]) == 0, "whole windows are exact"
+    assert "64 steps an epoch" in capsys.readouterr().out
     assert main(["simulate", "1000", "--batch", "7168", "--world", "504"]) == 2
     assert "batch 7168: must be a multiple of the 504 ranks; take 7056 or 7560" in capsys.readouterr().err
 

@@ -119,12 +119,41 @@ def test_a_reader_that_dies_is_said_in_one_line() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("server", "rank_heard"), [("new", "SIGUSR1 SIGINT "), ("old", "")])
+@pytest.mark.parametrize(("server", "rank_heard"), [("new", " SIGINT SIGTERM SIGUSR1"), ("old", "")])
 def test_readers_do_not_hear_requests_to_stop(server: str, rank_heard: str) -> None:
     """Which a launcher sends to all processes of a run, while the rank wants its last batch."""
     script = [sys.executable, str(Path(__file__).parent / "deaf_readers.py"), server]
     done = subprocess.run(script, capture_output=True, text=True, timeout=120, start_new_session=True)
-    assert (done.returncode, done.stdout) == (0, f"{rank_heard}[0, 1, 2, 3]\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, f"[0, 1, 2, 3]{rank_heard}\n"), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("way", "code"), [("killed", -9), ("leaves", 1), ("ends", 0)])
+def test_readers_and_their_fork_server_end_with_their_rank(way: str, code: int) -> None:
+    """Killed, gone without a goodbye, or at its end while it holds the batches: nobody is left, and none hangs."""
+    script = [sys.executable, str(Path(__file__).parent / "left_readers.py"), way]
+    rank = subprocess.Popen(script, stdout=subprocess.PIPE, text=True)
+    assert rank.stdout is not None
+    left = {int(word) for word in rank.stdout.readline().split()}
+    assert len(left) == 3, "two readers and the fork server"
+    assert rank.wait(timeout=60) == code
+    deadline_s = time.monotonic() + 20
+    try:
+        while any(is_running(pid) for pid in left):
+            assert time.monotonic() < deadline_s, left
+            time.sleep(0.1)
+    finally:
+        rank.stdout.close()
+        for pid in filter(is_running, left):
+            os.kill(pid, signal.SIGKILL)
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process, and not only what nobody has reaped."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 class Broken:

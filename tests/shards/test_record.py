@@ -74,6 +74,7 @@ def test_stored_angles_never_say_minus_180() -> None:
         (changed(heads__0__bbox=[10, 10]), "not a record"),
         (changed(heads__0__visible=1.5), "visible 1.5 is outside"),
         (changed(heads__0__confidence=-1), "confidence -1.0 is outside"),
+        (changed(objects__0__expression=" "), "object 0: its expression is empty; name the thing, or leave"),
         (changed(objects__0__bbox=[5, 5, 1, 9]), "object 0: box [5, 5, 1, 9]"),
     ],
 )
@@ -142,6 +143,7 @@ def test_mirrored_moves_boxes_poses_camera_and_words() -> None:
     [
         ("Left of the leftmost bright cup", "Right of the rightmost bright cup"),
         ("RIGHT, rightward and upright", "LEFT, leftward and upright"),
+        ("leftside of the lefthand cup, on its left sides", "rightside of the righthand cup, on its right sides"),
         ("the left-hand one, lefty", "the right-hand one, lefty"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -15,14 +16,19 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+from tiny_source import TinySource
 
+from launcher.comm import single
 from launcher.errors import UsageError, UserError
+from shards import cache as caches
 from shards import remote
 from shards.cache import Cache, Damaged
+from shards.derive import Shuffled
 from shards.index import open_set
 from shards.plan import Plan
 from shards.remote import as_url
-from shards.stream import Stream
+from shards.stream import Stream, read_all
+from shards.write import build
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,7 +38,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.asked = folder, Counter[str]()
-        self.failures = 0
+        self.failures, self.code = 0, 503
         self.slow_s = 0.0
         super().__init__(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -53,7 +59,7 @@ class Handler(SimpleHTTPRequestHandler):
         time.sleep(self.server.slow_s)
         if self.server.failures > 0:
             self.server.failures -= 1
-            self.send_error(503)
+            self.send_error(self.server.code)
         else:
             super().do_GET()
 
@@ -61,11 +67,25 @@ class Handler(SimpleHTTPRequestHandler):
         pass
 
 
+class Clock:
+    """Nobody really waits between tries."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def sleep(self, wait_s: float) -> None:
+        self.now_s += wait_s
+
+
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
     monkeypatch.setenv("HPE_SHARDS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HPE_SHARDS_CACHE_GB", "0.001")
-    monkeypatch.setattr(remote, "_WAIT_S", 0.01)
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(remote, "time", Clock())
     return Cache.from_environment()
 
 
@@ -148,15 +168,81 @@ def test_the_cache_never_holds_more_than_its_limit_and_drops_what_was_read_longe
     assert there.read(6).key == "tiny-train-000006"
 
 
+@pytest.fixture
+def many_shards(tiny_set: Callable[..., Path]) -> Iterator[Server]:
+    """30 shards of 4 samples each."""
+    folder = tiny_set(samples=120, samples_per_shard=4)
+    server = Server(folder)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+REFUSED = "GB of remote shards are read at a time, the cache may hold"
+
+
 def test_a_plan_that_the_cache_cannot_hold_is_refused(
+    many_shards: Server, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = [shard["bytes"] for shard in open_set(many_shards.folder).info["shards"]]
+    monkeypatch.setenv("HPE_SHARDS_CACHE_GB", str((sum(sizes) - 1) / 1e9))
+    there = open_set(many_shards.url)
+    with pytest.raises(UsageError, match=REFUSED):
+        Stream([there], Plan.of([there], [1.0], 0, 1), 0, 1, None)
+    by_blocks = Plan.of([there], [1.0], 0, 1, block_shards=2)
+    Stream([there], by_blocks, 0, 1, None)
+    with pytest.raises(UsageError, match=REFUSED):
+        Stream([there], by_blocks, 0, 1, None, workers=32)
+    with pytest.raises(UsageError, match=REFUSED):
+        Stream([there], Plan.of([there], [1.0], 0, 1, block_shards=2, bucket_batches=64), 0, 1, None)
+    monkeypatch.setattr(Cache, "free_bytes", lambda self: 1000)
+    with pytest.raises(UserError, match="its disk has room for 0.000 GB; free some space, name another folder in HPE_"):
+        Stream([there], by_blocks, 0, 1, None)
+
+
+@pytest.mark.parametrize("touch_every_s", [0.0, 5.0])
+def test_a_cache_that_is_just_large_enough_has_each_shard_fetched_once_an_epoch(
+    many_shards: Server, cache: Cache, monkeypatch: pytest.MonkeyPatch, touch_every_s: float
+) -> None:
+    monkeypatch.setattr("shards.cache._TOUCH_EVERY_S", touch_every_s)
+    largest = max(shard["bytes"] for shard in open_set(many_shards.folder).info["shards"])
+    # Twice 16 batches of one sample are 8 shards; and 3 blocks of 2.
+    monkeypatch.setenv("HPE_SHARDS_CACHE_GB", str(14 * largest / 1e9))
+    there = open_set(many_shards.url)
+    plan = Plan.of([there], [1.0], 0, 1, block_shards=2)
+    for _ in islice(Stream([there], plan, 0, 1, None), 120 - 16):  # later it looks ahead into the next epoch
+        time.sleep(0.005)  # so that the thread that fetches ahead is ahead
+    tars = {name: times for name, times in many_shards.asked.items() if name.endswith(".tar")}
+    assert len(tars) == 30 and set(tars.values()) == {1}
+    monkeypatch.setenv("HPE_SHARDS_CACHE_GB", str(11 * largest / 1e9))
+    with pytest.raises(UsageError, match=REFUSED):
+        Stream([again := open_set(many_shards.url)], Plan.of([again], [1.0], 0, 1, block_shards=2), 0, 1, None)
+
+
+def test_after_a_resume_nothing_of_the_past_is_fetched(many_shards: Server, cache: Cache) -> None:
+    there = open_set(many_shards.url)
+    plan = Plan.of([there], [1.0], 0, 1, block_shards=1)
+    next(iter(Stream([there], plan, 0, 1, None, start=60)))
+    wanted = {there.shard_name(slot.sample) for n in range(60, 76) for slot in plan.batch_at(n)}
+    deadline_s = time.monotonic() + 30
+    while not wanted <= set(many_shards.asked) and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert {name for name in many_shards.asked if name.endswith(".tar")} == wanted
+
+
+def test_an_evaluation_needs_room_for_all_shards_where_keys_mix_them(
     server: Server, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes = [shard["bytes"] for shard in open_set(server.set_folder).info["shards"]]
+    mixed = server.folder / "mixed"
+    build(Shuffled(TinySource(samples=30), 3), mixed, single(), samples_per_shard=5)
+    sizes = [shard["bytes"] for shard in open_set(mixed).info["shards"]]
     monkeypatch.setenv("HPE_SHARDS_CACHE_GB", str((sum(sizes) - 1) / 1e9))
-    there = open_set(server.set_url)
-    with pytest.raises(UsageError, match="GB of remote shards are read at a time, the cache may hold"):
-        Stream([there], Plan.of([there], [1.0], 0, 4), 0, 1, None)
-    Stream([there], Plan.of([there], [1.0], 0, 4, block_shards=1), 0, 1, None)
+    there = open_set(f"{server.url}/mixed")
+    with pytest.raises(UsageError, match=f"{REFUSED} .*or copy the set to a disk"):
+        read_all(there, 0, 1, 4, None)
+    assert len(list(read_all(there, 0, 1, 1, None, limit=2))) == 2
+    assert len(list(read_all(there, 0, 1, 4, None, only=[0]))) == 1
+    assert len(list(read_all(open_set(server.set_url), 0, 1, 4, None))) == 8, "shard after shard needs no room"
 
 
 def test_a_tar_larger_than_the_cache(server: Server, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,16 +251,46 @@ def test_a_tar_larger_than_the_cache(server: Server, cache: Cache, monkeypatch: 
         open_set(server.set_url).read(0)
 
 
-def test_a_passing_failure_is_tried_again_and_a_lasting_one_is_said_in_one_line(server: Server, cache: Cache) -> None:
+def test_an_outage_is_waited_for_and_said_and_a_lasting_one_ends_in_one_line(
+    server: Server, cache: Cache, capsys: pytest.CaptureFixture[str]
+) -> None:
     there = open_set(server.set_url)
-    server.failures = 2
+    server.failures = 5
     assert there.read(0).key == "tiny-train-000000"
-    server.failures = 9
+    waits = capsys.readouterr().err.splitlines()
+    told = f"{server.set_url}: tiny-train-000000.tar cannot be fetched (HTTP Error 503: Service Unavailable); trying"
+    assert len(waits) == 5 and all(line.startswith(f"{told} again in ") for line in waits)
+    server.failures, before_s = 99, remote.time.monotonic()
     with pytest.raises(UserError) as caught:
         there.read(9)
     said = str(caught.value)
-    assert "tiny-train-000001.tar cannot be fetched (HTTP Error 503: Service Unavailable; tried 3 times)" in said
+    assert re.search(r"000001.tar cannot be fetched \(HTTP Error 503: [\w ]+; tried (9|1\d) times\);", said)
     assert "\n" not in said and not list(cache.folder.glob("*/*.part"))
+    assert 300.0 < remote.time.monotonic() - before_s < 400.0
+
+
+def test_an_index_is_not_waited_for(server: Server, cache: Cache) -> None:
+    server.failures = 2
+    open_set(server.set_url)
+    server.failures = 3
+    with pytest.raises(UserError, match="index.json cannot be fetched .*; tried 3 times"):
+        open_set(server.set_url)
+    assert remote.time.monotonic() < 10.0
+
+
+@pytest.mark.parametrize("code", [401, 403, 404, 410])
+def test_what_is_not_there_is_not_asked_for_again(
+    server: Server, cache: Cache, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = open_set(server.set_url)
+    server.failures, server.code = 1, code
+    with pytest.raises(UserError, match=rf"tiny-train-000000.tar cannot be fetched \(HTTP Error {code}: [\w ]+\); "):
+        there.read(0)
+    assert not capsys.readouterr().err
+    gone = open_set(f"file://{server.set_folder}")
+    (server.set_folder / "tiny-train-000001.tar").unlink()
+    with pytest.raises(UserError, match=r"tiny-train-000001.tar cannot be fetched \(\[Errno 2\] [^;]*\); check"):
+        gone.read(9)
 
 
 def test_a_tar_with_other_bytes_than_the_index_says_is_not_kept(server: Server, cache: Cache) -> None:
@@ -231,7 +347,7 @@ def test_errors_of_libraries_are_tried_again_and_said(
     monkeypatch.setattr(LocalFileOpener, "read", failing(right := LocalFileOpener.read))
     assert there.read(0).key == "tiny-train-000000"
     failures[right] = 99
-    with pytest.raises(UserError, match=r"cannot be fetched \(OddError: the token has expired; tried 3 times\)"):
+    with pytest.raises(UserError, match=r"cannot be fetched \(OddError: the token has expired; tried \d+ times\)"):
         there.read(9)
     assert not list(there.path.glob("*.part"))
 
@@ -254,8 +370,22 @@ def test_secrets_in_addresses_are_not_shown(server: Server, cache: Cache) -> Non
     assert "secret" not in str(caught.value) and "/nothing" in str(caught.value)
 
 
-def test_queries_stay_behind_the_name_of_the_file(server: Server, cache: Cache) -> None:
+def test_queries_stay_behind_the_name_of_the_file_and_make_no_second_copy(server: Server, cache: Cache) -> None:
     assert open_set(f"{server.set_url}?version=3").read(0).key == "tiny-train-000000"
+    assert open_set(f"{server.set_url}?sig=monday").path == open_set(f"{server.set_url}?sig=tuesday").path
+    assert server.asked["index.npz?sig=monday"] == 0
+    pipes = [open_set(f"pipe:cat {server.set_folder}/{{}}{end}").path for end in ("", " # ?")]
+    assert pipes[0] != pipes[1]
+
+
+def test_a_cached_index_that_was_damaged_is_fetched_again(server: Server, cache: Cache) -> None:
+    folder = open_set(server.set_url).path
+    for name in ("index.json", "index.npz"):
+        data = (folder / name).read_bytes()
+        for bad in (data[:-9], b"", data[:-1] + b"?"):
+            (folder / name).write_bytes(bad)
+            assert open_set(server.set_url).read(7).key == "tiny-train-000007"
+            assert (folder / name).read_bytes() == data
 
 
 @pytest.mark.parametrize(
@@ -334,7 +464,39 @@ def test_room_taken_by_the_killed_is_given_back(tmp_path: Path) -> None:
     assert not dead.exists() and cache.held_bytes() == 600
     with pytest.raises(Damaged):
         cache.bring(tmp_path / "a" / "bad.tar", lambda: _Bytes(data), 600, "0" * 64)
-    assert cache.held_bytes() == 0 or not (tmp_path / "a" / "bad.tar").exists()
+    assert cache.held_bytes() == 0
+
+
+def test_the_disk_may_have_less_room_than_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = Cache(tmp_path, 10_000)
+    data, others = bytes(600), 500
+
+    def free(self: Cache) -> int:
+        return 2000 - others - sum(path.stat().st_size for path in tmp_path.glob("*/*.tar"))
+
+    monkeypatch.setattr(Cache, "free_bytes", free)
+    for k in range(4):
+        cache.bring(tmp_path / "a" / f"{k}.tar", lambda: _Bytes(data), 600, None)
+    assert sorted(path.name for path in tmp_path.glob("*/*.tar")) == ["2.tar", "3.tar"]
+    others = 1500
+    with pytest.raises(UserError, match="the disk has no room for 9.tar .*free some space, or name another folder"):
+        cache.bring(tmp_path / "a" / "9.tar", lambda: _Bytes(data), 600, None)
+    assert cache.held_bytes() == 0
+
+
+def test_files_are_looked_at_only_where_the_cache_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, looks, look = Cache(tmp_path, 6000), [], caches._files
+
+    def looking(folder: Path) -> list[caches._Held]:
+        looks.append(folder)
+        return look(folder)
+
+    monkeypatch.setattr(caches, "_files", looking)
+    for k in range(10):
+        cache.bring(tmp_path / "a" / f"{k}.tar", lambda: _Bytes(bytes(600)), 600, None)
+    assert len(looks) == 1, "a new cache once: what is there?"
+    cache.bring(tmp_path / "a" / "10.tar", lambda: _Bytes(bytes(600)), 600, None)
+    assert len(looks) == 2 and cache.held_bytes() == 6000
 
 
 class _Bytes:

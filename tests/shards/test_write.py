@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from tiny_source import TinySource
 
 from launcher.comm import single
 from launcher.errors import UsageError, UserError
+from shards import write
 from shards.index import open_set
-from shards.part import pose_histogram
-from shards.record import from_json
+from shards.part import TICK, pose_histogram, write_range
+from shards.record import Head, Image, Record, from_json
 from shards.verify import verify
 from shards.write import WORK_FOLDER, Sample, build
 
@@ -61,16 +63,16 @@ def test_three_ranks_write_the_bytes_of_one(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_killed_build_goes_on_and_ends_in_the_same_bytes(tmp_path: Path) -> None:
     out, first = tmp_path / "set", tmp_path / "set" / WORK_FOLDER / "000003.npz"
-    with subprocess.Popen(command(out, 200, ranks=1), env=clean_env()) as process:
+    with subprocess.Popen(command(out, 600, ranks=1), env=clean_env()) as process:
         while not first.exists() and process.poll() is None:
             time.sleep(0.002)
         process.kill()
-    assert process.returncode == -signal.SIGKILL
+    assert process.returncode == -signal.SIGKILL, "it ended before it could be killed"
     with pytest.raises(UserError, match="not a finished shard set"):
         open_set(out)
-    done = over_ranks(2, out, 200)
-    assert done.returncode == 0 and "of 20 parts are there already, kept" in done.stdout, done.stderr
-    build(TinySource(samples=200), tmp_path / "whole", single(), samples_per_shard=10)
+    done = over_ranks(2, out, 600)
+    assert done.returncode == 0 and "of 60 parts are there already, kept" in done.stdout, done.stderr
+    build(TinySource(samples=600), tmp_path / "whole", single(), samples_per_shard=10)
     assert digests(out) == digests(tmp_path / "whole")
 
 
@@ -166,6 +168,100 @@ def test_a_stopped_build_is_not_visible_and_goes_on_where_it_stopped(tmp_path: P
     assert again.asked == 10, "the two finished shards are kept"
     build(TinySource(samples=20), tmp_path / "whole", single(), samples_per_shard=5)
     assert digests(tmp_path / "set") == digests(tmp_path / "whole")
+
+
+class Meets(TinySource):
+    """Another build of the same set is started while sample 7 is made."""
+
+    def __init__(self, out: Path) -> None:
+        super().__init__(samples=20)
+        self._out = out
+
+    def sample(self, i: int) -> Sample:
+        if i == 7:
+            with pytest.raises(UserError, match="another build is writing into it; wait for its end, or stop it, or"):
+                build(TinySource(samples=20), self._out, single(), samples_per_shard=5)
+        return super().sample(i)
+
+
+def test_two_builds_into_one_folder_do_not_meet(tmp_path: Path) -> None:
+    build(Meets(tmp_path / "set"), tmp_path / "set", single(), samples_per_shard=5)
+    build(TinySource(samples=20), tmp_path / "whole", single(), samples_per_shard=5)
+    assert digests(tmp_path / "set") == digests(tmp_path / "whole")
+
+
+def test_a_file_system_without_locks_is_built_on_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", without)
+    build(TinySource(samples=20), tmp_path / "set", single(), samples_per_shard=5)
+    assert verify([tmp_path / "set"], single()) == []
+
+
+def test_where_no_lock_keeps_them_apart_two_writers_of_a_range_spoil_nothing(tmp_path: Path) -> None:
+    for most_bytes in (None, 20_000):
+        whole = tmp_path / f"whole-{most_bytes}"
+        both = tmp_path / f"both-{most_bytes}"
+        for folder in (whole, both):
+            folder.mkdir()
+        assert sum(write_range(TinySource(samples=40), whole, 0, (0, 40), most_bytes)) == 40
+        one, other = (write_range(TinySource(samples=40), both, 0, (0, 40), most_bytes) for _ in range(2))
+        next(one)
+        assert sum(other) == 40 and sum(one) == 40 - TICK
+        assert digests(both) == digests(whole)
+
+
+def test_what_a_killed_build_left_half_written_is_removed(tmp_path: Path) -> None:
+    work = tmp_path / "set" / WORK_FOLDER
+    with pytest.raises(KeyboardInterrupt):
+        build(Stops(14), tmp_path / "set", single(), samples_per_shard=5)
+    before = digests(work)
+    for name in (".000002.tar.tmp-0123abcd", ".000002.npz.tmp-0123abcd", ".000002-001.tar.tmp-0123abcd"):
+        (work / name).write_bytes(b"half")
+    with pytest.raises(KeyboardInterrupt):
+        build(Stops(14), tmp_path / "set", single(), samples_per_shard=5)
+    assert digests(work) == before
+
+
+def test_parts_of_an_earlier_version_are_written_again(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        build(Stops(14), tmp_path / "set", single(), samples_per_shard=5)
+    path = tmp_path / "set" / WORK_FOLDER / "000001.npz"
+    arrays = dict(np.load(path))
+    names = arrays.pop("subjects")
+    np.savez(path, **arrays | {name: names[arrays[name]] for name in ("subject", "head_subject")})
+    again = Stops(-1)
+    build(again, tmp_path / "set", single(), samples_per_shard=5)
+    assert again.asked == 15 and verify([tmp_path / "set"], single()) == []
+
+
+class Bare(TinySource):
+    """A hundred subjects with long names, and records of nothing else."""
+
+    def sample(self, i: int) -> Sample:
+        image = Image(1, 1, "bare", f"{i}", f"{i % 100:01000d}")
+        return Sample(f"{i:08d}", b"", "jpg", Record(image, [Head((0.0, 0.0, 1.0, 1.0), None, subject="x" * 1000)] * 4))
+
+
+def test_the_end_of_a_build_needs_little_memory_whatever_the_length_of_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peaks = []
+
+    def measured(work: Path, recipe: dict[str, Any]) -> Any:
+        tracemalloc.start()
+        try:
+            return merged(work, recipe)
+        finally:
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+
+    merged = write._merged
+    monkeypatch.setattr(write, "_merged", measured)
+    build(Bare(samples=2000), tmp_path / "set", single(), samples_per_shard=1000)
+    assert len(open_set(tmp_path / "set").subjects()) == 101
+    assert peaks[0] < 2_000_000, "with names in place of numbers it is fifty"
 
 
 @pytest.mark.slow

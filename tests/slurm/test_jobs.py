@@ -45,6 +45,7 @@ def test_a_config_that_cannot_be_meant_is_the_jobs_exit_code(slurm: Slurm, tmp_p
     assert "bach" in log and "Traceback" not in log
 
 
+@pytest.mark.timeout(1200)
 def test_restarts_are_bounded(slurm: Slurm, tmp_path: Path) -> None:
     """A run that saves and stops after every step goes back into the queue once, as it may, and keeps both steps."""
     build(TinySource(samples=4), tmp_path / "set", single(), 4)
@@ -58,7 +59,7 @@ def test_restarts_are_bounded(slurm: Slurm, tmp_path: Path) -> None:
     (tmp_path / "lora.yaml").write_text(yaml.safe_dump(config))
     flags = [f"--output={tmp_path}/%j.log", "--export=ALL,HPE_MAX_RESTARTS=1"]
     words = ["--ntasks-per-node=1", "--gres=gpu:1", "--cpus-per-task=1", "slurm/train.sh", str(tmp_path / "lora.yaml")]
-    state, code, log = slurm.finish(slurm.submit(*flags, *words, cwd=ROOT))
+    state, code, log = slurm.finish(slurm.submit(*flags, *words, cwd=ROOT), timeout_s=900)
     assert (state, code) == ("FAILED", 85), log
     assert log.count("back into the queue") == 1 and "restarted 1 times already" in log
     assert ", start 1\n" in log and ", start 2\n" in log and ", start 3\n" not in log

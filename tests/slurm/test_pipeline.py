@@ -54,6 +54,7 @@ def jobs_of(said: str) -> dict[str, int]:
     return {name: int(number) for name, number in re.findall(r"^(\S+) +job (\d+)", said, re.MULTILINE)}
 
 
+@pytest.mark.timeout(1800)
 def test_all_stages_run_to_the_report(slurm: Slurm, place: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = submit(slurm, place, out)

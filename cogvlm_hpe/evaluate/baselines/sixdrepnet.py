@@ -9,6 +9,7 @@ Shapes: H heads, S side of a crop in px.
 
 from collections.abc import Mapping
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor, nn
@@ -118,7 +119,8 @@ def is_sixdrepnet(path: Path) -> bool:
 def load_sixdrepnet(path: Path, device: str = "cpu") -> SixDRepNet:
     """Read a weights file of 6DRepNet, in evaluation mode; nothing in it is run. Raises UserError."""
     try:
-        value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # Files of torch < 1.6 are no zip archives, and cannot be mapped.
+        value = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except Exception as error:  # noqa: BLE001 - torch raises many kinds for a file that is not its own
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: not a weights file that torch reads safely ({said[:120]})") from None

@@ -43,8 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="heads less visible than this are left out (default: %(default)s)",
     )
     add("--backbone", choices=("resnet", "convnext"), default="resnet", help="default: %(default)s")
-    add("--widths", type=_numbers, default=(32, 64, 96, 160), metavar="N,N,…", help="channels of each stage")
-    add("--depths", type=_numbers, default=(1, 1, 1, 1), metavar="N,N,…", help="blocks of each stage")
+    widths, depths = (32, 64, 96, 160), (1, 1, 1, 1)
+    for flag, numbers, what in (("--widths", widths, "channels"), ("--depths", depths, "blocks")):
+        said = f"{what} of each stage (default: {','.join(map(str, numbers))})"
+        add(flag, type=_numbers, default=numbers, metavar="N,N,…", help=said)
     add("--crop-px", type=positive, default=64, metavar="S", help="side of a head's crop (default: %(default)s)")
     add("--margin", type=float, default=0.2, help="added to each side of the box, in sides (default: %(default)s)")
 

@@ -38,6 +38,8 @@ def from_args(options: argparse.Namespace) -> "Source":
     if options.annotations and options.cams:
         raise UsageError("--annotations and --cams: give one of them, they are two forms of the same labels")
     if not options.cams and directmhp.is_meant(options):
+        others = {"reference": None, "max_occlusion": MOST_OCCLUDED_PERCENT}
+        directmhp.refuse_others(options, others, ", or name the tables by --cams")
         from shards.sources.agora.coco import from_coco
 
         return from_coco(options)

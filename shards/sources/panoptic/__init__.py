@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     own.add_argument("--every", type=int, default=EVERY_FRAMES, metavar="N", help=f"{text} (default: {EVERY_FRAMES})")
     text = f"leave out smaller image files, which are damaged frames (default: {LEAST_IMAGE_KB:g})"
     own.add_argument("--least-image-kb", type=float, default=LEAST_IMAGE_KB, metavar="KB", help=text)
-    text = "take frames from hdVideos instead of hdImgs; needs opencv (pip install 'cogvlm-hpe[video]')"
+    how = '.venv/bin/pip install -c constraints.txt -e ".[video]"'
+    text = f"take frames from hdVideos instead of hdImgs; needs opencv ({how})"
     own.add_argument("--video", action="store_true", help=text)
     directmhp.add_reference(own)
 
@@ -49,6 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def from_args(options: argparse.Namespace) -> "Source":
     """CMU Panoptic: people in a dome, seen from 31 sides, from its sequences or DirectMHP's JSON."""
     if directmhp.is_meant(options):
+        others = {"sequences": None, "cameras": None, "every": EVERY_FRAMES, "least_image_kb": LEAST_IMAGE_KB}
+        others |= {"video": False, "reference": None}
+        directmhp.refuse_others(options, others, ", or move annotations elsewhere to read the sequences")
         from shards.sources.panoptic.coco import from_coco
 
         return from_coco(options)

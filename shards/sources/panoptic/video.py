@@ -65,6 +65,7 @@ def _cv2() -> ModuleType:
     try:
         import cv2
     except ImportError:
-        rest = "install it by pip install 'cogvlm-hpe[video]', or extract hdImgs by the toolbox's hdImgsExtractor.sh"
-        raise UserError(f"--video: opencv is not there; {rest}") from None
+        how = 'install it by .venv/bin/pip install -c constraints.txt -e ".[video]"'
+        rest = "or extract hdImgs by the toolbox's hdImgsExtractor.sh"
+        raise UserError(f"--video: opencv is not there; {how}, {rest}") from None
     return cv2

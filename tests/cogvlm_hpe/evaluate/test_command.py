@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from cogvlm_hpe.evaluate.card import write_card
 from cogvlm_hpe.evaluate.results import load_results
 from cogvlm_hpe.model.load import load, load_several
 from launcher.comm import single
-from launcher.errors import UsageError
+from launcher.errors import UsageError, UserError
 from shards.cache import FOLDER_VARIABLE
 from shards.index import open_set
 from shards.stream import read_all
@@ -187,9 +188,10 @@ def sixty(judged: Judged, tmp_path_factory: pytest.TempPathFactory) -> Judged:
     return Judged(judged.model, place / "set", [], place / "whole")
 
 
-def harm_rank_1(flags: list[object], unfinished: Path, signal_number: int) -> tuple[int, int, str, str]:
+def harm_rank_1(flags: list[object], unfinished: Path, signal_number: int, timeout_s: int) -> tuple[int, int, str, str]:
     """Two ranks, of which one is sent a signal once it works: exit code, that rank's pid, stdout, stderr."""
-    words = [_MPIRUN, "-np", 2, sys.executable, "-m", "cogvlm_hpe", "evaluate", *flags, "--rank-timeout", 2]
+    words = [_MPIRUN, "-np", 2, sys.executable, "-m", "cogvlm_hpe", "evaluate", *flags]
+    words += ["--rank-timeout", timeout_s]
     process = subprocess.Popen([str(word) for word in words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     state = unfinished / "rank-0001.json"
     while process.poll() is None and not (state.is_file() and list(unfinished.glob("batch-*.json"))):
@@ -209,7 +211,7 @@ def test_a_rank_that_dies_is_named_and_what_is_left_judged_by_resume(
 ) -> None:
     out, unfinished = tmp_path / "out", tmp_path / "out.unfinished"
     flags = ["--model", sixty.model, "--shards", sixty.shard_set, "--batch", 1, "--out", out]
-    code, killed, said, error = harm_rank_1(flags, unfinished, signal.SIGKILL)
+    code, killed, said, error = harm_rank_1(flags, unfinished, signal.SIGKILL, timeout_s=60)
     # MPICH's own words name the process, ours say which rank that is and how to go on.
     assert code != 0 and not out.exists() and re.search(rf"PID {killed} RUNNING AT \S+", said + error), error
     assert f"rank 1 (host {platform.node()}, pid {killed})" in said.splitlines()[0]
@@ -233,7 +235,7 @@ def test_a_rank_that_stands_still_is_named_and_its_share_judged_by_resume(
 ) -> None:
     out, unfinished = tmp_path / "out", tmp_path / "out.unfinished"
     flags = ["--model", sixty.model, "--shards", sixty.shard_set, "--batch", 1, "--out", out]
-    code, stopped, _, said = harm_rank_1(flags, unfinished, signal.SIGSTOP)
+    code, stopped, _, said = harm_rank_1(flags, unfinished, signal.SIGSTOP, timeout_s=15)
     assert code != 0 and f"last was rank 1 (host {platform.node()}, pid {stopped})" in said, said
     assert "--resume judges only what is left" in said and not out.exists()
     kept = {path.name: path.read_bytes() for path in unfinished.glob("batch-*.json")}
@@ -266,6 +268,70 @@ def test_a_set_elsewhere_is_judged_and_its_report_can_still_show_heads(
     there, here = load_results([tmp_path / "there", tmp_path / "here"])
     assert there.rows == here.rows and there.run["shards"] == address
     assert len(gallery.heads([there])) == len(there.rows)
+
+
+def test_resume_keeps_what_is_finished_only_where_it_is_of_this_very_job(
+    tmp_path: Path, judged: Judged, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shard_set = Path(shutil.copytree(judged.shard_set, tmp_path / "set"))
+    adapter = Path(shutil.copytree(judged.adapters[0], tmp_path / "adapter"))
+    out, part = tmp_path / "out", ("--tasks", "pose", "--limit", 2)
+    flags = ["--model", judged.model, "--adapter", adapter, "--shards", shard_set, "--out", out, "--resume"]
+
+    def refused(*more: object) -> str:
+        capsys.readouterr()
+        assert evaluate(*flags, *(more or part)) == 2
+        error = capsys.readouterr().err
+        assert "set it back, or remove" in error
+        return error
+
+    assert evaluate(*flags, *part) == 0 == evaluate(*flags, *part)
+    assert "finished before, kept" in capsys.readouterr().out
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["set"]["digest"] == open_set(shard_set).digest
+    assert set(metrics["inputs"]) == {"base", "adapter_model.safetensors", "hpe.json"}
+    assert "but --limit changed" in refused("--tasks", "pose", "--limit", 3)
+    assert "but --tasks, --batch changed" in refused("--tasks", "where", "--limit", 2, "--batch", 1)
+
+    run = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps({key: value for key, value in run.items() if key != "job"}))
+    assert evaluate(*flags, *part) == 1 and "not a whole result" in capsys.readouterr().err
+    (out / "run.json").write_text(json.dumps(run))
+
+    shutil.rmtree(shard_set)
+    build(TinySource(samples=20), shard_set, single(), 5)
+    assert "but --shards changed" in refused()
+    shutil.rmtree(shard_set)
+    shutil.copytree(judged.shard_set, shard_set)
+    assert evaluate(*flags, *part) == 0, "a copy is the same set"
+    (adapter / "hpe.json").write_text(json.dumps({"scope": "text", "scores": {"mae": 1.0}}))
+    assert evaluate(*flags, *part) == 0, "training adds scores to a checkpoint"
+    (adapter / "hpe.json").write_text(json.dumps({"scope": "text", "stage": "x"}))
+    assert "but --model or --adapter changed" in refused()
+    shutil.rmtree(adapter)
+    _adapter(judged.model, adapter, 7)
+    assert "but --model or --adapter changed" in refused()
+
+
+def test_an_unfinished_evaluation_is_not_joined_by_another_adapter_of_the_same_name(
+    tmp_path: Path, judged: Judged, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = Path(shutil.copytree(judged.adapters[0], tmp_path / "adapter"))
+    flags = flags_of(judged, "--adapter", adapter, "--tasks", "pose", "--limit", 2, "--out", tmp_path / "out")
+
+    def cut(*_: object, **__: object) -> None:
+        raise UserError("cut off")
+
+    with monkeypatch.context() as place:
+        place.setattr(decode, "decode_all", cut)
+        assert evaluate(*flags) == 1
+    shutil.rmtree(adapter)
+    _adapter(judged.model, adapter, 7)
+    assert evaluate(*flags, "--resume") == 2
+    assert "--model, --adapter or --with-base changed" in capsys.readouterr().err
+    shutil.rmtree(adapter)
+    shutil.copytree(judged.adapters[0], adapter)
+    assert evaluate(*flags, "--resume") == 0
 
 
 def test_mistakes_end_with_one_line_and_leave_no_result(

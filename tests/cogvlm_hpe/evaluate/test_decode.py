@@ -69,6 +69,28 @@ def test_the_first_of_several_boxes_counts() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "boxes"),
+    [
+        ("[[000,000,100,100;250,100,450,600;30", 2),
+        ("[[000,000,100,100;250,100,450,600;300,300,400,400]", 2),
+        ("[[000,000,100,100]] [[250,100,450,600]] [[3", 2),
+        ("[[000,000,100,100]] [", 1),
+    ],
+)
+def test_whole_boxes_count_of_an_answer_that_our_limit_cut(text: str, boxes: int) -> None:
+    where, _ = decode.questions("k", RECORD, ["where", "what"], NOTES)
+    got = decode.judge(where, Answer(text, cut=True), "offset")
+    assert got["kind"] == "box" and len(got["parsed"]) == boxes and got["text"] == text
+    assert decode.judge(where, Answer(text), "offset")["kind"] == "other", "the model itself ended it there"
+
+
+@pytest.mark.parametrize("text", ["[[000,000,100,100]] is where", "[[000,0", "[[000,000,100,100;1 {{", "a; 1"])
+def test_what_else_was_cut_stays_as_it_is(text: str) -> None:
+    where, _ = decode.questions("k", RECORD, ["where", "what"], NOTES)
+    assert decode.judge(where, Answer(text, cut=True), "offset")["kind"] in ("other", "blended")
+
+
+@pytest.mark.parametrize(
     ("text", "kind"),
     [("{{090,090,180}} [[1,2,3,4]]", "blended"), ("[[100,100,200,200]]", "box"), ("left", "other"), ("", "other")],
 )
@@ -76,6 +98,22 @@ def test_a_pose_answer_in_another_format_has_no_errors_to_average(text: str, kin
     row = decode.questions("k", RECORD, ["pose"], NOTES)[0]
     got = decode.judge(row, Answer(text), "offset")
     assert (got["kind"], got["parsed"], got["errors"], got["text"]) == (kind, None, None, text)
+
+
+@given(st.lists(st.integers(0, 90), max_size=20), st.integers(1, 64))
+def test_a_crowd_does_not_give_all_images_memory_for_as_many_answers(heads: list[int], questions: int) -> None:
+    asked = [(image, {"n": n}) for image, count in enumerate(heads) for n in range(count)]
+    parts = decode._parts(asked, questions)
+    assert [pair for part in parts for pair in part] == asked
+    for part in parts:
+        images = [image for image, _ in part]
+        assert 0 < len(part) <= questions
+        assert len(set(images)) * max(map(images.count, images)) <= 4 * questions
+
+
+def test_images_alike_are_decoded_in_full_parts() -> None:
+    asked = [(image, {}) for image in range(16) for _ in range(10)]
+    assert [len(part) for part in decode._parts(asked, 64)] == [64, 64, 32]
 
 
 @given(st.text(max_size=40), st.sampled_from(dialogue.TASKS))

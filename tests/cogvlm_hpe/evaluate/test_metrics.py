@@ -189,3 +189,8 @@ def test_paired_difference_refuses_different_questions() -> None:
 def test_every_value_is_in_exactly_one_bin(values: list[float]) -> None:
     masks = [mask for _, _, mask in metrics.bin_masks(np.array(values), metrics.YAW_EDGES_DEG)]
     assert (np.sum(masks, axis=0) == 1).all()
+
+
+def test_a_head_that_is_higher_than_its_image_is_among_the_large_ones() -> None:
+    *_, (_, _, last) = metrics.bin_masks(np.array([0.05, 1.0, 1.7]), metrics.SIZE_EDGES)
+    assert last.tolist() == [False, True, True]

@@ -261,6 +261,22 @@ def test_systems_judged_on_different_heads_are_not_compared(runs: list[Path]) ->
     assert systems.compare(*(System(one.name, (one,)) for one in (loaded[0], loaded[2]))) is None
 
 
+@pytest.mark.parametrize(
+    ("task", "key", "value"), [("pose", "truth", {"yaw": 1.0, "pitch": 2.0, "roll": 3.0}), ("where", "question", "It?")]
+)
+def test_other_questions_of_one_name_are_not_compared(runs: list[Path], task: str, key: str, value: object) -> None:
+    path = runs[1] / "predictions.jsonl"
+    rows = [json.loads(line) for line in path.open()]
+    next(row for row in rows if row["task"] == task)[key] = value
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, table = systems.comparison_table(results.load_results(runs[:2]))
+    cell = {"pose": 3, "where": 4}[task]
+    assert table[-1][cell] == "other questions" != table[-1][7 - cell]
+    for seed in (1, 2):
+        edit(runs[seed - 1] / "metrics.json", system=f"good, seed {seed}")
+    assert len(systems_of(results.load_results(runs[:2]))) == (2 if task == "pose" else 1)
+
+
 def test_the_report_is_whole_and_the_page_needs_no_other_file(
     runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -81,6 +81,16 @@ def test_bins_hold_every_head_once(poses: list[dict]) -> None:
     assert [b["from"] for b in got["by_yaw"]] == [0, 45, 90, 135]
 
 
+def test_a_set_of_aflw2000_is_the_published_one_where_it_was_filtered() -> None:
+    for source, scope, wanted in (
+        ("aflw2000", {"max_angle_deg": 99.0}, True),
+        ("aflw2000", {"max_angle_deg": 180.0}, False),
+        ("aflw2000", {}, False),
+        ("300w-lp", {"max_angle_deg": 99.0}, False),
+    ):
+        assert summary.is_aflw2000({"source": source, "scope": scope}) is wanted
+
+
 def test_protocols_are_the_parts_they_name(poses: list[dict]) -> None:
     poses += [pose_row(40 + i, (yaw, 0.0, roll), None) for i, (yaw, roll) in enumerate([(90.0, 0.0), (99.0, 99.0)])]
     poses += [pose_row(42, (0.0, 0.0, 99.5), (0.0, 0.0, 99.5))]
@@ -89,6 +99,9 @@ def test_protocols_are_the_parts_they_name(poses: list[dict]) -> None:
     assert got["protocols"]["narrow"]["n"] == (yaw < 90).sum()
     assert got["protocols"]["backward"]["n"] == (yaw > 90).sum()
     assert got["protocols"]["aflw2000"]["n"] == sum(max(map(abs, row["truth"].values())) <= 99 for row in poses)
+    whole = summary.summarise(poses, aflw2000=True)["pose"]
+    assert whole["protocols"]["aflw2000"]["n"] == len(poses)
+    assert whole["protocols"]["narrow"] == got["protocols"]["narrow"]
     narrow = [row for row in poses if abs(row["truth"]["yaw"]) < 90 and row["parsed"]]
     assert got["protocols"]["narrow"]["n_valid"] == len(narrow)
     alone = summary.summarise(narrow)["pose"]["valid"]

@@ -15,7 +15,7 @@ from merging import make_cogvlm_adapter, run
 from safetensors.torch import load_file, save_file
 from tiny_model import write_tiny_model
 
-from cogvlm_hpe.merge import dense, factors
+from cogvlm_hpe.merge import dense, factors, report
 from cogvlm_hpe.model.load import load
 from cogvlm_hpe.model.weights import open_weights
 from launcher.errors import UsageError, UserError
@@ -146,6 +146,22 @@ def test_ranks_write_the_same_bytes(tmp_path: Path, base: Path, pair: list[Path]
         assert files_of(tmp_path / "two" / name) == files_of(alone), name
     for pattern in ("hf/*.safetensors", "sat/1/*.pt"):
         assert len(list((tmp_path / "two").glob(pattern))) >= 2  # something to share out
+
+
+def test_a_merge_that_was_killed_while_it_was_described_goes_on(
+    tmp_path: Path, base: Path, pair: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = report.tensorboard
+
+    def killed(folder: Path, text: str) -> None:
+        real(folder, text)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as place, pytest.raises(KeyboardInterrupt):
+        place.setattr(report, "tensorboard", killed)
+        merge(base, pair[:1], tmp_path / "out", "--method", "layerwise", "--output", "hf")
+    merge(base, pair[:1], tmp_path / "out", "--method", "layerwise", "--output", "hf")
+    assert (tmp_path / "out/tensorboard/events.out.tfevents.merge").is_file()
 
 
 def test_an_interrupted_merge_goes_on_where_it_was(

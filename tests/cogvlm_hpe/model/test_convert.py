@@ -177,6 +177,27 @@ def test_an_adapter_goes_back_to_sat(tmp_path: Path) -> None:
     assert same(module_of(tmp_path / "merged"), module_of(tmp_path / "wanted"))
 
 
+def test_how_an_adapter_is_spoken_to_goes_with_it(tmp_path: Path) -> None:
+    run(DATA / "sat_lora", tmp_path / "lora", "--to", "hf")
+    adapter, prompts = tmp_path / "lora/adapter", {"pose": "Pose of {box}?"}
+    notes = json.loads((adapter / "hpe.json").read_text())
+    own = notes | {"answer_format": "signed", "prompts": prompts}
+    (adapter / "hpe.json").write_text(json.dumps(own))
+    for words in (("--to", "hf", "--merge"), ("--to", "sat", "--merge"), ("--to", "sat")):
+        out = tmp_path / "-".join(words)
+        assert run(adapter, out, *words) == 0
+        found = read_notes(out)
+        assert (found["answer_format"], found["prompts"]["pose"], found["scope"]) == ("signed", prompts["pose"], "all")
+        assert "base_fingerprint" not in found
+    unmerged = tmp_path / "--to-sat"
+    run(unmerged, tmp_path / "only", "--to", "hf", "--only-adapter")
+    run(unmerged, tmp_path / "both", "--to", "hf")
+    for folder in (tmp_path / "only", tmp_path / "both/adapter"):
+        again = json.loads((folder / "hpe.json").read_text())
+        assert (again["answer_format"], again["prompts"]) == ("signed", prompts)
+        assert again["base_fingerprint"] == own["base_fingerprint"]
+
+
 def test_what_contradicts_itself_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, lora = tmp_path / "out", DATA / "sat_lora"
     assert "--mp belongs to --to sat" in said(capsys, DATA / "sat", out, "--to", "hf", "--mp", "2")

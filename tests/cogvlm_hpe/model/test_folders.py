@@ -50,6 +50,8 @@ def test_notes_stand_over_those_of_a_bare_base(tmp_path: Path) -> None:
     assert (bare["scope"], bare["answer_format"]) == ("all", "offset") and "{box}" in bare["prompts"]["pose"]
     (tmp_path / "hpe.json").write_text(json.dumps({"scope": "text", "stage": "weak"}))
     assert read_notes(tmp_path) == bare | {"scope": "text", "stage": "weak"}
+    (tmp_path / "hpe.json").write_text(json.dumps({"prompts": {"pose": "Pose of {box}?"}}))
+    assert read_notes(tmp_path)["prompts"] == bare["prompts"] | {"pose": "Pose of {box}?"}
     (tmp_path / "hpe.json").write_text("{")
     with pytest.raises(UserError, match=r"hpe\.json: not readable JSON"):
         read_notes(tmp_path)

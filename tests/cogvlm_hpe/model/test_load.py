@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,13 @@ from safetensors.torch import load_file, save_file
 from small_model import small_model
 from tiny_model import small_config
 
+from cogvlm_hpe.cli import main
 from cogvlm_hpe.model.configuration import CogVLMConfig
 from cogvlm_hpe.model.convert import Source, write_sat
 from cogvlm_hpe.model.folders import resolve_base
 from cogvlm_hpe.model.load import empty_model, load, load_base, load_several
 from cogvlm_hpe.model.modeling import CogVLMForCausalLM
+from cogvlm_hpe.model.tokenizer import FILE_NAME, train_tokenizer
 from cogvlm_hpe.model.weights import open_weights
 from launcher.errors import UserError
 
@@ -142,6 +145,17 @@ def test_truncated_file_is_named(base: Path) -> None:
         load_base(base)
 
 
+def test_a_sat_lora_that_is_left_out_is_told(tmp_path: Path) -> None:
+    folder = Path(__file__).parents[2] / "data" / "tiny0" / "sat_lora"
+    train_tokenizer(["Where is it"]).save(str(tmp_path / FILE_NAME))
+    with pytest.warns(UserWarning, match=r"sat_lora: its unmerged LoRA is left out.*--to hf --only-adapter"):
+        load(folder, tokenizer=tmp_path)
+    assert main(["convert", str(folder), str(tmp_path / "adapter"), "--to", "hf", "--only-adapter"]) == 0
+    with warnings.catch_warnings(record=True) as said:
+        load(tmp_path / "adapter", tokenizer=tmp_path)
+    assert not [warning for warning in said if "unmerged" in str(warning.message)], "with the adapter nothing is lost"
+
+
 def test_tokenizer_may_lie_elsewhere(tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors"):
         shutil.copy(TINY / name, tmp_path)
@@ -164,6 +178,18 @@ def test_a_base_judged_beside_adapters_speaks_with_their_tokenizer(
     assert base.tokenizer.to_str() == tuned.tokenizer.to_str()
     with pytest.raises(UserError, match="tokenizer"):
         load_several(tmp_path / "base", [None, tmp_path / "old"])
+
+
+def test_a_base_judged_beside_adapters_is_asked_in_their_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for adapter, words in (("one", "Box of {expression}?"), ("same", "Box of {expression}?"), ("other", "Find it!")):
+        (tmp_path / adapter).mkdir()
+        (tmp_path / adapter / "hpe.json").write_text(json.dumps({"prompts": {"where": words}}))
+    monkeypatch.setattr("cogvlm_hpe.model.load.put_adapter", lambda *_: None)
+    base, tuned, _ = load_several(TINY, [None, tmp_path / "one", tmp_path / "same"])
+    assert base.notes["prompts"] == tuned.notes["prompts"] and base.notes["prompts"]["where"] == "Box of {expression}?"
+    load_several(TINY, [tmp_path / "one", tmp_path / "other"])
+    with pytest.raises(UserError, match=r"one and .*other: are asked in different words .* in two runs"):
+        load_several(TINY, [None, tmp_path / "one", tmp_path / "other"])
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_has_rows_is_refused(base: Path) -> None:

@@ -80,6 +80,11 @@ def test_a_row_is_bos_image_slots_and_text(processor: CogVLMProcessor) -> None:
     assert list(row) == processor.model_input_names
 
 
+def test_a_picture_of_more_than_8_bits_is_refused(processor: CogVLMProcessor) -> None:
+    with pytest.raises(ValueError, match=r"mode I;16, of more than 8 bits; make it 8-bit"):
+        processor(Image.fromarray(np.full((4, 4), 40_000, np.uint16)), "Where is the head?")
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_rows_of_a_batch_are_padded_on_the_side_asked_for(processor: CogVLMProcessor, side: str) -> None:
     batch = processor([picture(0), None], ["Where is the head?", "up"], padding_side=side)
@@ -231,6 +236,18 @@ def test_an_adapters_processor_is_its_bases_with_its_own_answers(tmp_path: Path)
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="names no base"):
         CogVLMProcessor.from_pretrained(tmp_path)
+
+
+def test_what_was_tuned_on_a_chat_base_is_asked_as_training_asked(tmp_path: Path) -> None:
+    train_tokenizer(["Where is it"]).save(str(tmp_path / FILE_NAME))
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(PUBLISHED)}))
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    (merged / "config.json").write_bytes((PUBLISHED / "config.json").read_bytes())
+    (merged / "hpe.json").write_text("{}")
+    for folder in (tmp_path / "adapter", merged):
+        assert CogVLMProcessor.from_pretrained(folder, tokenizer=tmp_path).template == "base"
 
 
 def test_a_tokenizer_is_read_from_its_folder_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

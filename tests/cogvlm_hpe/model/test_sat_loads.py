@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from ports import next_port
 
 from cogvlm_hpe.cli import main
-from launcher.world import free_port
 
 DATA = Path(__file__).parents[2] / "data" / "tiny0"
 SCRIPT = Path(__file__).parent / "sat_side.py"
@@ -26,7 +26,7 @@ pytestmark = [
 
 def loaded(folder: Path, out: Path, mp_size: int = 1, *flags: str) -> list[dict[str, torch.Tensor]]:
     """The state dict of SAT's model on each rank after its `load_checkpoint`, which found nothing it did not expect."""
-    port = str(free_port())
+    port = str(next_port())
     world = {"WORLD_SIZE": str(mp_size), "LOCAL_WORLD_SIZE": str(mp_size), "MASTER_ADDR": "127.0.0.1"}
     ranks = [
         subprocess.Popen(

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ports import next_port
 
 from cogvlm_hpe.model.pickled import Entry, save_entries
 from cogvlm_hpe.model.unpickle import load_pickled
 from launcher.errors import UserError
-from launcher.world import free_port
 
 _DEEPSPEED = """
 import argparse, os, random, sys
@@ -134,7 +134,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_what_deepspeed_writes_loads(tmp_path: Path) -> None:
     subprocess.run(
-        [sys.executable, "-c", _DEEPSPEED, str(tmp_path), str(free_port())],
+        [sys.executable, "-c", _DEEPSPEED, str(tmp_path), str(next_port())],
         env=os.environ | {"DS_ACCELERATOR": "cpu"}, check=True, capture_output=True, timeout=300,
     )  # fmt: skip
     path = tmp_path / "1/mp_rank_00_model_states.pt"

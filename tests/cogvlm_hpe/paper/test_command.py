@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,11 +44,13 @@ def forked(said: Path) -> Callable[[object], int]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_every_row_comes_out_and_what_is_there_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said, root = tmp_path / "said.txt", tmp_path / "paper"
     monkeypatch.setattr(stages, "_run", forked(said))
+    monkeypatch.setattr(plan, "QUICK", replace(plan.QUICK, val_scenes=2, test_scenes=2))
     for name, fewer in (("QUANTILES", (0.1, 0.5)), ("WEIGHTS", (0.5,)), ("DENSITIES", (0.5,))):
         monkeypatch.setattr(plan, name, fewer)
     monkeypatch.setattr(sweeps, "VARIATIONS", {name: sweeps.VARIATIONS[name] for name in ("plain", "signed")})

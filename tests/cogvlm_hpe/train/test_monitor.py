@@ -42,9 +42,11 @@ def test_config_choices_and_distributions_are_in_tensorboard(tmp_path: Path) -> 
 
 def test_a_line_that_was_cut_short_counts_for_nothing(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"global_step": 1, "evaluate/x": 0.5}\n{"global_step": 2, "evalua')
+    lines = ['{"global_step": 0, "evaluate/x": 0.5}', "\0" * 30 + "}", '{"global_step": 1, "train/y": 2.0}']
+    path.write_text("\n".join([*lines, '{"global_step": 2, "evalua']))
     monitor = Monitor(tmp_path, single(), 1)
-    assert monitor.first("evaluate/x") == 0.5
+    assert monitor.at_start("evaluate/x") == 0.5 and monitor.at_start("train/y") is None
+    assert [monitor.judged(step) for step in (0, 1, 2)] == [True, False, False]
     monitor.scalars(2, {"evaluate/x": 0.75})
     monitor.close()
-    assert [json.loads(line)["global_step"] for line in path.read_text().splitlines()] == [1, 2]
+    assert [json.loads(line)["global_step"] for line in path.read_text().splitlines()] == [0, 1, 2]

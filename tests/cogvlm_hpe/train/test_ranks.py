@@ -12,13 +12,13 @@ from pathlib import Path
 import forked
 import pytest
 import yaml
+from ports import next_port
 from safetensors.torch import load_file
 from tiny_model import write_tiny_model
 from tiny_source import TinySource
 
 from cogvlm_hpe.merge.factors import read_adapter
 from launcher.comm import single
-from launcher.world import free_port
 from shards.write import build
 
 STEPS = 4
@@ -77,7 +77,7 @@ def whole_run(place: Path) -> str:
 def two_ranks(place: Path) -> str:
     """Two ranks, from start to end, through DeepSpeed's own launcher."""
     deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-    argv = [deepspeed, "--num_gpus", "2", "--master_port", str(free_port()), "--module", "cogvlm_hpe", "train"]
+    argv = [deepspeed, "--num_gpus", "2", "--master_port", str(next_port()), "--module", "cogvlm_hpe", "train"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([*argv, *words_of(place, "two")], capture_output=True, text=True, env=env, timeout=540)
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,7 @@
 """Long runs: judged on the way, disturbed, poisoned. Real ranks."""
 
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -33,6 +34,7 @@ from cogvlm_hpe.train.loop import Run, Tally, next_batches, run_loop, train_step
 from cogvlm_hpe.train.setup import make_asker, make_stream, setup
 from launcher.comm import from_torch, single
 from launcher.errors import UserError
+from launcher.status import read_status
 from launcher.supervise import STOP_SIGNALS, StopFlag
 from launcher.world import discover
 from shards.index import open_set
@@ -112,40 +114,54 @@ def test_a_run_is_judged_alike_on_any_ranks_and_stage(place: Path) -> None:
 
 
 def stopped_while_judging(out: Path, words: list[str]) -> None:
-    """All ranks. A request to stop reaches one of them in the middle of the first judgement."""
-    world = discover()
-    comm, flag = from_torch(world), StopFlag()
-    run = setup(parse(words)[0], world, comm, resume=False, allow_change=False)
-    judge, asked = run.judge, []
+    """All ranks. A request to stop reaches one of them in the middle of the first judgement, and later of the last."""
+    world, seen = discover(), []
+    comm = from_torch(world)
+    for turn in (0, 1):
+        flag, asked = StopFlag(), []
+        run = setup(parse(words)[0], world, comm, resume=turn > 0, allow_change=False)
+        run.judge = disturbed(run, flag, asked, turn)  # type: ignore[assignment]
+        code, newest = run_loop(run, flag), checkpoint.newest(Path(run.config.run_dir))
+        run.monitor.close()
+        seen.append({"code": code, "batches": len(asked), "newest": newest and newest.name})
+        comm.barrier()
+    out.with_suffix(f".{world.rank}").write_text(json.dumps(seen))
+
+
+def disturbed(run: Run, flag: StopFlag, asked: list[int], turn: int) -> Callable[[Callable[[], bool]], Verdict | None]:
+    """The run's judge, in whose judgement `turn`, from 0, rank 1 is asked to stop; `asked` grows by its batches."""
+    judge, turns = run.judge, itertools.count()
     assert judge is not None
 
-    def disturbed(go_on: Callable[[], bool]) -> Verdict | None:
+    def judged(go_on: Callable[[], bool]) -> Verdict | None:
+        hit = next(turns) == turn
+
         def heard() -> bool:
-            asked.append(1)
-            flag.raised = comm.rank == 1
+            asked.extend([1] * hit)
+            flag.raised |= hit and run.comm.rank == 1
             return go_on()
 
         return judge(heard)
 
-    run.judge = disturbed  # type: ignore[assignment]
-    seen = {"code": run_loop(run, flag), "batches": len(asked), "step": checkpoint.read(newest_of(run)).step}
-    out.with_suffix(f".{world.rank}").write_text(json.dumps(seen))
+    return judged
 
 
-def newest_of(run: Run) -> Path:
-    folder = checkpoint.newest(Path(run.config.run_dir))
-    assert folder is not None
-    return folder
-
-
-def test_a_request_to_stop_breaks_off_a_judgement_on_all_ranks(place: Path) -> None:
+def test_a_judgement_that_a_request_breaks_off_is_made_at_the_next_start(place: Path) -> None:
+    """On all ranks, before the first step and after the last."""
     words = words_of(place, "hasty", "--train.evaluate_every", "3", "--evaluate.batch", "1")
     done = Ranks(2, stopped_while_judging, place / "hasty-seen", words, said=place / "hasty.txt")
     assert done.wait() == 0, done.said
-    seen = [json.loads((place / f"hasty-seen.{rank}").read_text()) for rank in (0, 1)]
-    assert seen == [{"code": 85, "batches": 1, "step": 1}] * 2
-    assert "was not judged to the end" in (place / "hasty" / "log.txt").read_text()
-    assert not scores(place, "hasty")
+    first, last = ({"code": 85, "batches": 1, "newest": newest} for newest in (None, "step-00000003"))
+    assert [json.loads((place / f"hasty-seen.{rank}").read_text()) for rank in (0, 1)] == [[first, last]] * 2
+    assert list(scores(place, "hasty")) == [0]
+    assert (place / "hasty" / "log.txt").read_text().count("was not judged to the end") == 2
+    assert read_status(place / "hasty").state == "stopped"
+    again = train([*words, "--resume"], 2, place / "hasty-again.txt")
+    assert again.wait() == 0, again.said
+    assert list(scores(place, "hasty")) == [0, 3]
+    judged = json.loads((place / "hasty" / "best" / "hpe.json").read_text())["scores"]
+    assert judged["geodesic_deg"] == pytest.approx(scores(place, "hasty")[3]["evaluate/geodesic_deg"])
+    assert read_status(place / "hasty").state == "finished"
 
 
 @pytest.fixture(scope="module")

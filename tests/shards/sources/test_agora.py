@@ -262,6 +262,12 @@ def test_missing_parts_are_named(official: Path, tmp_path: Path) -> None:
         source_of("agora", official, "--annotations", few, "--cams", few)
 
 
+@pytest.mark.parametrize("words", [("--reference", "face.npy"), ("--max-occlusion", 50)])
+def test_options_of_tables_are_refused_where_the_json_is_read(official: Path, words: tuple[object, ...]) -> None:
+    with pytest.raises(UsageError, match=rf"{words[0]}: has no effect on DirectMHP's JSON.*annotations\); leave it"):
+        source_of("agora", official / "directmhp", *words)
+
+
 def test_tables_of_another_kind_are_one_line(official: Path, tmp_path: Path) -> None:
     shutil.copytree(official, tmp_path / "set")
     joints = read_frame(official / "Cam" / "train_Cam" / "train_0_withjv.pkl").column("gt_joints_3d")

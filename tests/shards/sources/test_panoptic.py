@@ -166,6 +166,18 @@ def test_directmhps_json_gives_its_angles_in_their_order(official: Path) -> None
     assert json.loads(path.read_text())["annotations"][0]["euler_angles"] == [12.0, 35.0, -8.0]
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(("--sequences", VAL), ("--cameras", 3), ("--every", 5), ("--least-image-kb", 2), ("--video",)),
+        ("--reference", "face.npy"),
+    ],
+)
+def test_options_of_sequences_are_refused_where_the_json_is_read(official: Path, words: tuple[object, ...]) -> None:
+    with pytest.raises(UsageError, match=f"{words[0]}: has no effect on DirectMHP's JSON.*; leave it out, or move "):
+        source_of("panoptic", official / "directmhp", *words)
+
+
 def test_json_without_seq_is_told_by_its_numbers(official: Path, tmp_path: Path) -> None:
     shutil.copytree(official / "directmhp", tmp_path / "set")
     path = tmp_path / "set" / "annotations" / "coco_style_sampled_val.json"
@@ -234,7 +246,7 @@ def test_without_opencv_videos_are_refused_in_one_line(
     (tmp_path / VAL / "hdVideos").mkdir()
     (tmp_path / VAL / "hdVideos" / "hd_00_00.mp4").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "cv2", None)
-    with pytest.raises(UserError, match=r"--video: opencv is not there; .* 'cogvlm-hpe\[video\]', or extract hdImgs"):
+    with pytest.raises(UserError, match=r'opencv is not there; .*pip install -c constraints.txt -e "\.\[video\]", or '):
         val(tmp_path, "--video")
 
 

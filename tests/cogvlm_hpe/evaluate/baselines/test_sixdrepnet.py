@@ -85,6 +85,13 @@ def test_published_angles_of_known_rotations_and_at_gimbal_lock(theirs: types.Mo
     assert torch.minimum(apart, 360 - apart).max() < 1e-3  # theirs is float32 inside
 
 
+def test_a_file_in_the_form_before_torch_1_6_is_read(tmp_path: Path) -> None:
+    state = {"layer0.rbr_reparam.weight": torch.zeros(3)}
+    torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match="tensors differ"):  # read, and told from 6DRepNet's
+        sixdrepnet.load_sixdrepnet(tmp_path / "old.pth")
+
+
 def test_other_files_are_refused_by_name(tmp_path: Path) -> None:
     torch.save({"layer0.rbr_reparam.weight": torch.zeros(3)}, tmp_path / "a.pth")
     (tmp_path / "b.pth").write_bytes(b"no weights")
